@@ -1,0 +1,21 @@
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+TESTS := $(BIN)/python -m pytest -n 2
+
+.PHONY: demo test test-all lint types arrows docs wheel ci
+
+demo: $(READY) ; HF_HUB_OFFLINE=1 $(BIN)/dare-hf demo
+test: $(READY) ; $(TESTS) -m "not slow"
+test-all: $(READY) ; $(TESTS)
+lint: $(READY) ; $(BIN)/ruff check . && $(BIN)/ruff format --check .
+types: $(READY) ; $(BIN)/ty check
+arrows: $(READY) ; $(BIN)/lint-imports --no-cache
+docs: $(READY) ; $(BIN)/mkdocs build --strict
+wheel: $(READY) ; rm -rf dist && $(BIN)/python -m build --no-isolation --wheel && sh tests/check_wheel.sh
+ci: lint types arrows docs wheel test-all
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,31 @@
+"""What holds for every test: no hub, no sockets, one thread a worker, a fixed seed."""
+
+import os
+
+# Before transformers is imported anywhere: it reads these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import hypothesis
+import jaxtyping
+import pytest
+import torch
+
+# Shape annotations are checked at run time here and nowhere else. The hook must precede the import
+# of the rooms it names.
+jaxtyping.install_import_hook(["dare_hf.routing", "dare_hf.cache"], "beartype.beartype")
+
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Two workers on two cores: more threads each would only fight each other.
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
