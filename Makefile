@@ -12,7 +12,7 @@ lint: $(READY) ; $(BIN)/ruff check . && $(BIN)/ruff format --check .
 types: $(READY) ; $(BIN)/ty check
 arrows: $(READY) ; $(BIN)/lint-imports --no-cache
 docs: $(READY) ; $(BIN)/mkdocs build --strict
-wheel: $(READY) ; rm -rf dist && $(BIN)/python -m build --no-isolation --wheel && sh tests/check_wheel.sh
+wheel: $(READY) ; rm -rf dist && $(BIN)/python -m build --no-isolation --wheel && .ci/check_wheel
 ci: lint types arrows docs wheel test-all
 
 $(READY): pyproject.toml constraints.txt

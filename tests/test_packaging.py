@@ -1,0 +1,86 @@
+"""The package as a user gets it: what is public is documented, and importing it changes nothing."""
+
+import ast
+import importlib
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dare_hf
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "dare_hf"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+MAX_LINES = 400  # a file that grows past it holds more than one mechanism
+
+PUBLIC_MODULES = ("dare_hf", "dare_hf.errors", "dare_hf.generation", "dare_hf.training")
+
+
+def _public_names() -> list[str]:
+    names = []
+    for module in PUBLIC_MODULES:
+        if importlib.util.find_spec(module) is not None:
+            exported = getattr(importlib.import_module(module), "__all__", ())
+            names += [f"{module}.{name}" for name in exported if not name.startswith("__")]
+    return names
+
+
+@pytest.mark.parametrize("name", _public_names())
+def test_public_name_is_documented(name: str) -> None:
+    reference = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    short = name.rpartition(".")[2]
+    assert re.search(rf"^::: dare_hf[\w.]*\.{short}$", reference, re.MULTILINE), (
+        f"{name} is public: add '::: {name}' to docs/reference.md"
+    )
+
+
+def test_config_page_has_every_field() -> None:
+    config = pytest.importorskip("dare_hf.config", reason="dare_hf.config does not exist yet")
+    from peft import PeftConfig
+
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    own = set(config.DareConfig.__dataclass_fields__) - set(PeftConfig.__dataclass_fields__)
+    missing = sorted(name for name in own if f"| `{name}` |" not in page)
+    assert not missing, f"add a row for {missing} to docs/configuration.md"
+
+
+def test_import_is_inert() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "inert_import.py")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_file_is_short(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_LINES, f"{path.name} has {lines} lines: split it by mechanism"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_assert_on_arguments_of_public_functions(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef) and not function.name.startswith("_"):
+            given = {
+                argument.arg
+                for argument in ast.walk(function.args)
+                if isinstance(argument, ast.arg)
+            }
+            for statement in ast.walk(function):
+                if isinstance(statement, ast.Assert):
+                    used = {
+                        node.id for node in ast.walk(statement.test) if isinstance(node, ast.Name)
+                    }
+                    assert not used & (given - {"self"}), (
+                        f"{path.name}:{statement.lineno}: raise a DareError for what a caller gives"
+                    )
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'version = "{dare_hf.__version__}"' in project
