@@ -45,12 +45,10 @@ def _entries(path: str, value: object) -> Iterator[tuple[str, object]]:
         yield f"{path}[{repr(key)[:80]}]", item
 
 
-def _snapshot() -> dict[str, object]:
-    """Every attribute of the foreign modules, of the classes they define, and of their dicts."""
+def _snapshot(modules: dict[str, types.ModuleType]) -> dict[str, object]:
+    """Every attribute of these modules, of the classes they define, and of their dicts."""
     found: dict[str, object] = {}
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] not in FOREIGN or not isinstance(module, types.ModuleType):
-            continue
+    for name, module in modules.items():
         for attribute, value in list(vars(module).items()):
             if attribute.startswith("__"):
                 continue
@@ -74,7 +72,7 @@ def _modules_of_import() -> list[str]:
     """Names of the modules that `import dare_hf` loads in a fresh interpreter."""
     program = "import sys, dare_hf; print(*sys.modules, sep='\\n')"
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True
     )
     return done.stdout.split()
 
@@ -91,10 +89,11 @@ def main() -> int:
         if name.partition(".")[0] != "dare_hf":
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
-    before = _snapshot()
+    foreign = {name: it for name, it in sys.modules.items() if name.partition(".")[0] in FOREIGN}
+    before = _snapshot(foreign)
     import dare_hf
 
-    for path, value in _snapshot().items():
+    for path, value in _snapshot(foreign).items():
         if any(registration in path for registration in REGISTRATIONS):
             continue
         if path not in before and not _is_lazy_import(path, value):
