@@ -101,7 +101,8 @@ def main() -> int:
         elif path in before and before[path] is not value:
             problems.append(f"changes {path}")
     print(f"{dare_hf.__file__}: {len(before)} attributes compared")
-    print(*(f"import dare_hf {problem}" for problem in problems), sep="\n")
+    for problem in problems:
+        print(f"import dare_hf {problem}")
     return 1 if problems else 0
 
 
