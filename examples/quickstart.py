@@ -2,8 +2,8 @@
 
     python examples/quickstart.py
 
-Offline, on a CPU, in seconds. The model is a tiny LLaVA with random weights: it answers nonsense, but
-every count below is what its layers really ran and its cache really stored.
+Offline, on a CPU, in seconds. The model is a tiny LLaVA with random weights: it answers nonsense,
+but every count below is what its layers really ran and its cache really stored.
 """
 
 import torch

@@ -2,9 +2,9 @@
 
     python examples/your_own_vlm.py MODEL_DIR IMAGE "What is left of the cup?"
 
-MODEL_DIR is a directory (or hub id) that AutoModelForImageTextToText and AutoProcessor can load. Without
-arguments a tiny random model is saved to a temporary directory and takes its place: offline, on a CPU,
-in seconds.
+MODEL_DIR is a directory (or hub id) that AutoModelForImageTextToText and AutoProcessor can load.
+Without arguments a tiny random model is saved to a temporary directory and takes its place: offline,
+on a CPU, in seconds.
 """
 
 import sys
