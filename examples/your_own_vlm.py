@@ -3,7 +3,7 @@
     python examples/your_own_vlm.py MODEL_DIR IMAGE "What is left of the cup?"
 
 MODEL_DIR is a directory (or hub id) that AutoModelForImageTextToText and AutoProcessor can load.
-Without arguments a tiny random model is saved to a temporary directory and takes its place: offline,
+Without arguments a tiny random model, saved to a temporary directory, takes its place: offline,
 on a CPU, in seconds.
 """
 
