@@ -11,7 +11,7 @@ test-all: $(READY) ; $(TESTS)
 lint: $(READY) ; $(BIN)/ruff check . && $(BIN)/ruff format --check .
 types: $(READY) ; $(BIN)/ty check
 arrows: $(READY) ; $(BIN)/lint-imports --no-cache
-docs: $(READY) ; $(BIN)/mkdocs build --strict
+docs: $(READY) ; NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 wheel: $(READY) ; rm -rf dist && $(BIN)/python -m build --no-isolation --wheel && .ci/check_wheel
 ci: lint types arrows docs wheel test-all
 
