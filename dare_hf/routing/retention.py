@@ -1,0 +1,212 @@
+"""Retention: which share of each modality every layer keeps at every hop."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dare_hf.errors import DareConfigError
+from dare_hf.routing.kinds import TEXT, VISION
+
+# A rate is never 0: `budget` turns the smallest one into one token.
+MIN_RATE = 1e-6
+# Takes the float error of rate * count off before the ceiling (0.7 * 10 is 7.000000000000001).
+CEIL_SLACK = 1e-4
+# How much less a layer behind the cut keeps than one before it, under two_stage.
+LATE_SHARE = 0.25
+# The attention scorer looks at the layer before, and that layer must have run its own attention
+# on every token once: these first layers have no score.
+UNSCORED_LAYERS = 2
+
+Row = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class RetentionTable:
+    """The rates of one model: law, ``0 < rate <= 1`` for every hop, layer and modality.
+
+    Attributes:
+        vision: rates of vision tokens, ``[hops][layers]``; the last row serves all later hops.
+        text: rates of text tokens, same shape.
+        plan_layers: for each layer the layer whose selection it uses; itself where it selects.
+        free_layers: False where a layer keeps everything by rule.
+
+    Source: docs/method.md, section 3.
+    """
+
+    vision: tuple[Row, ...]
+    text: tuple[Row, ...]
+    plan_layers: tuple[int, ...]
+    free_layers: tuple[bool, ...]
+
+    def rate(self, hop: int, layer: int, modality: int) -> float:
+        """Share of the modality's tokens `layer` keeps at `hop`; past the table, its last row."""
+        rows = self.vision if modality == VISION else self.text
+        return rows[min(hop, len(rows) - 1)][layer]
+
+    def mean(self, modality: int, hop: int = 0) -> float:
+        """Realised mean rate over all layers, after clamping."""
+        rates = [self.rate(hop, layer, modality) for layer in range(len(self.plan_layers))]
+        return sum(rates) / len(rates)
+
+
+def budget(rate: float, count: int) -> int:
+    """Tokens to keep of `count`: ``ceil(rate * count - 1e-4)``, at least 1 of any, at most all.
+
+    Computed in float64 (Python's float).
+
+    Source: docs/method.md, section 4.
+    """
+    wanted = math.ceil(rate * count - CEIL_SLACK)
+    return min(max(wanted, 1), count)
+
+
+def resolve_cut_layer(cut_layer: int | float | str, num_layers: int) -> int:
+    """The last layer (0-based) of the first stage: "auto" is ``L // 2``, a fraction ``int(f * L)``.
+
+    Raises:
+        DareConfigError: the layer does not exist in a model of `num_layers` layers.
+
+    Source: docs/method.md, section 3.
+    """
+    if cut_layer == "auto":
+        return min(num_layers // 2, num_layers - 1)
+    if isinstance(cut_layer, float) and 0 < cut_layer < 1:
+        return int(cut_layer * num_layers)
+    if (
+        isinstance(cut_layer, int)
+        and not isinstance(cut_layer, bool)
+        and 0 <= cut_layer < num_layers
+    ):
+        return cut_layer
+    raise DareConfigError(
+        f'cut_layer must be "auto", a fraction in (0, 1) or a layer in [0, {num_layers - 1}] '
+        f"of this model's {num_layers} layers, got {cut_layer!r}."
+    )
+
+
+def build_table(
+    num_layers: int,
+    *,
+    schedule: str | Sequence[Sequence[float]],
+    vision_retention: float,
+    text_retention: float,
+    cut_layer: int | float | str = "auto",
+    plan_every: int = 1,
+    max_hops: int = 1,
+    hop_decay: float = 1.0,
+    scorer_needs_history: bool = False,
+) -> RetentionTable:
+    """The rates of every hop and layer: the schedule's, vision times ``decay^max(hop - 1, 0)``.
+
+    Text never decays, nor does a layer that keeps everything by rule.
+
+    Args:
+        num_layers: decoder layers L.
+        schedule: "two_stage", "safe", "constant", or L pairs (vision, text).
+        vision_retention: target share of vision tokens in (0, 1]; "safe" and a list do not read it.
+        text_retention: target share of text tokens in (0, 1]; "safe" and a list do not read it.
+        cut_layer: last layer of the first stage of "two_stage"; see `resolve_cut_layer`.
+        plan_every: a layer selects when its index is a multiple, or when its rates differ from the
+            layer's before; the others reuse the last selection.
+        max_hops: rows of the table.
+        hop_decay: factor in (0, 1] per hop after hop 1, on vision only.
+        scorer_needs_history: the scorer has no score in layers 0 and 1, so that "two_stage" and
+            "safe" keep everything there.
+
+    Raises:
+        DareConfigError: a list of another length than L, a cut layer outside the model, a schedule
+            that only an adapter can fill ("learned") or an unknown one.
+
+    Source: docs/method.md, section 3.
+    """
+    keeps_start = scorer_needs_history and schedule in ("two_stage", "safe")
+    free = tuple(not (keeps_start and layer < UNSCORED_LAYERS) for layer in range(num_layers))
+    if schedule == "two_stage":
+        cut = resolve_cut_layer(cut_layer, num_layers)
+        vision = _two_stage_row(vision_retention, free, cut)
+        text = _two_stage_row(text_retention, free, num_layers - 1)
+    elif schedule == "safe":
+        vision, text = _safe_row(free), (1.0,) * num_layers
+    elif schedule == "constant":
+        vision, text = (
+            (float(vision_retention),) * num_layers,
+            (float(text_retention),) * num_layers,
+        )
+    else:
+        vision, text = _listed_rows(schedule, num_layers)
+    factors = [hop_decay ** max(hop - 1, 0) for hop in range(max_hops)]
+    visions = tuple(_decayed(vision, free, factor) for factor in factors)
+    return RetentionTable(
+        vision=visions,
+        text=(text,) * max_hops,
+        plan_layers=_plan_layers((*visions, text), plan_every),
+        free_layers=free,
+    )
+
+
+def _two_stage_row(target: float, free: Sequence[bool], cut: int) -> Row:
+    """Rates a (free layers up to `cut`) and b = a/4 (behind it) with mean `target` over ALL layers.
+
+    A first stage that would need more than everything keeps everything and the second stage takes
+    the rest, so that the mean stays `target` (1.0 keeps all tokens in all layers).
+    """
+    early = sum(is_free and layer <= cut for layer, is_free in enumerate(free))
+    late = sum(free) - early
+    wanted = target * len(free) - (len(free) - early - late)
+    first = wanted / max(early + LATE_SHARE * late, 1e-9)
+    second = LATE_SHARE * first
+    if early and late and first > 1:
+        first, second = 1.0, (wanted - early) / late
+    return tuple(
+        _clamp(first if layer <= cut else second) if is_free else 1.0
+        for layer, is_free in enumerate(free)
+    )
+
+
+def _safe_row(free: Sequence[bool]) -> Row:
+    layers = len(free)
+    third, two_thirds = math.ceil(layers / 3), math.ceil(2 * layers / 3)
+    row = [1.0] * third + [0.5] * (two_thirds - third) + [0.25] * (layers - two_thirds)
+    return tuple(rate if is_free else 1.0 for rate, is_free in zip(row, free, strict=True))
+
+
+def _listed_rows(schedule: str | Sequence[Sequence[float]], num_layers: int) -> tuple[Row, Row]:
+    if schedule == "learned":
+        raise DareConfigError(
+            'schedule "learned" takes its rates from a trained router adapter: expected an '
+            "adapter, got none. Give apply_dare the adapter's path, or choose another schedule."
+        )
+    if isinstance(schedule, str):
+        raise DareConfigError(
+            f'schedule must be "two_stage", "safe", "constant", "learned" or pairs, '
+            f"got {schedule!r}."
+        )
+    if len(schedule) != num_layers:
+        raise DareConfigError(
+            f"schedule must be one (vision, text) pair for each of this model's {num_layers} "
+            f"layers, got {len(schedule)} pairs."
+        )
+    return tuple(float(pair[0]) for pair in schedule), tuple(float(pair[1]) for pair in schedule)
+
+
+def _plan_layers(rows: Sequence[Row], plan_every: int) -> tuple[int, ...]:
+    """For each layer the last one that selects: every n-th, and where any row of rates changes."""
+    columns = list(zip(*rows, strict=True))
+    plans: list[int] = []
+    for layer, rates in enumerate(columns):
+        selects = layer % plan_every == 0 or rates != columns[layer - 1]
+        plans.append(layer if selects else plans[-1])
+    return tuple(plans)
+
+
+def _decayed(row: Row, free: Sequence[bool], factor: float) -> Row:
+    return tuple(
+        _clamp(rate * factor) if is_free else rate for rate, is_free in zip(row, free, strict=True)
+    )
+
+
+def _clamp(rate: float) -> float:
+    return min(max(rate, MIN_RATE), 1.0)
+
+
+__all__ = ["TEXT", "VISION", "RetentionTable", "budget", "build_table", "resolve_cut_layer"]

@@ -1,0 +1,125 @@
+"""Scores: how much a token matters to a layer. The higher, the better; fp32 (fp64 of fp64)."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+RMS_EPS = 1e-6
+_WORD = 0xFFFFFFFF
+
+
+def router_scores(
+    hidden: Float[Tensor, "batch tokens dim"],
+    weight: Float[Tensor, "2 dim"],
+    bias: Float[Tensor, " 2"],
+    modality: Int[Tensor, "batch tokens"],
+    normalize: bool,
+) -> Float[Tensor, "batch tokens"]:
+    """``sigmoid(w^m . x + b^m)`` of the hidden state x that enters the layer, m its modality.
+
+    Args:
+        hidden: x; made RMS-normal without parameters first where `normalize` is set.
+        weight: one row per modality, [TEXT, VISION].
+        bias: same order.
+        modality: TEXT, VISION or PAD (pads take the text row: nobody reads them).
+        normalize: False is the paper's literal form.
+
+    Source: the paper's routing score; docs/method.md, section 2.
+    """
+    x = _wide(hidden)
+    if normalize:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + RMS_EPS)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = x @ weight.to(x.dtype).T + bias.to(x.dtype)
+    chosen = logits.gather(-1, modality.clamp(min=0).long()[..., None])
+    return chosen.squeeze(-1).sigmoid()
+
+
+def random_scores(
+    seed: int, layer: int, local_index: Int[Tensor, "batch tokens"]
+) -> Float[Tensor, "batch tokens"]:
+    """A hash of seed, layer and row-local index in [0, 1): equal on every device, no generator.
+
+    Source: docs/method.md, section 2.
+    """
+    key = _mix(seed & _WORD)
+    key = _mix(key ^ ((seed >> 32) & _WORD))
+    key = _mix(key ^ layer)
+    return (_mix((local_index.long() & _WORD) ^ key) >> 8).float() / 2**24
+
+
+def position_scores(local_index: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens"]:
+    """``1 / (1 + i)`` of the row-local index i: keeps the first k (a baseline).
+
+    Source: docs/method.md, section 2.
+    """
+    return 1.0 / (1.0 + local_index.clamp(min=0).float())
+
+
+def key_norm_scores(keys: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "batch tokens"]:
+    """``1 / (1 + mean over heads of |k|)``: keys of a low norm draw attention.
+
+    Source: docs/method.md, section 2; Devoto et al. 2024, "A Simple and Effective L2 Norm-Based
+    Strategy for KV Cache Compression".
+    """
+    return 1.0 / (1.0 + _wide(keys).norm(dim=-1).mean(1))
+
+
+def attention_scores(
+    query: Float[Tensor, "batch heads queries dim"],
+    key: Float[Tensor, "batch kv_heads stored dim"],
+    value: Float[Tensor, "batch kv_heads stored value_dim"],
+    visible: Bool[Tensor, "batch _ queries stored"],
+    query_valid: Bool[Tensor, "batch queries"],
+    span: Bool[Tensor, "batch stored"],
+    scaling: float,
+) -> Float[Tensor, "batch stored"]:
+    """Attention mass times value norm (mean over heads and queries), over its mean in the span.
+
+    Each query head weighs with the value norm of its own kv head. The mean that divides is over the
+    span's keys that a valid query sees. 0 outside the span. Peak memory: heads x queries x stored.
+
+    Args:
+        query: post-rotary queries, heads grouped by kv head as in grouped-query attention.
+        key: post-rotary keys.
+        value: values.
+        visible: which key each query sees; one head for all, or all.
+        query_valid: queries that count.
+        span: keys that get a score.
+        scaling: factor on the logits.
+
+    Source: docs/method.md, section 2 (attention).
+    """
+    batch, heads, queries, dim = query.shape
+    kv_heads, stored = key.shape[1], key.shape[2]
+    seen = visible & query_valid[:, None, :, None]
+    with torch.autocast(query.device.type, enabled=False):
+        grouped = _wide(query).reshape(batch, kv_heads, -1, dim)
+        logits = (grouped @ _wide(key).transpose(-1, -2)).mul_(scaling)
+    logits = logits.view(batch, heads, queries, stored).masked_fill_(~seen, -torch.inf)
+    # A query that sees nothing has only -inf: softmax gives NaN there, and no mass.
+    mass = logits.softmax(-1).masked_fill_(~seen, 0.0)
+    mass = mass.view(batch, kv_heads, heads // kv_heads, queries, stored).sum((2, 3))
+    raw = (mass * _wide(value).norm(dim=-1)).sum(1)
+    raw = raw / (heads * query_valid.sum(1, keepdim=True).clamp(min=1))
+    counted = span & seen.any(2).any(1)
+    raw = raw * span
+    mean = (raw * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
+    return raw / mean.clamp(min=torch.finfo(raw.dtype).tiny)
+
+
+def _wide(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _mix(x: Any) -> Any:
+    """A bijection of 32-bit words, of an int or of an int64 tensor.
+
+    Both factors are under 2**31, so that no product leaves 63 bits. Source: C. Wellons,
+    hash-prospector, "lowbias32" family.
+    """
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _WORD
+    x = ((x ^ (x >> 15)) * 0x735A2D97) & _WORD
+    return x ^ (x >> 15)

@@ -1,0 +1,231 @@
+"""Selection: which columns each row keeps. Deterministic, and without a host sync anywhere."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dare_hf.routing.kinds import TEXT, VISION
+
+# An image vocabulary is one run of ids; up to this many runs comparisons beat a table.
+_MAX_COMPARED_RUNS = 16
+
+
+def keep_mask(
+    scores: Float[Tensor, "batch tokens"],
+    modality: Int[Tensor, "batch tokens"],
+    candidates: Bool[Tensor, "batch tokens"],
+    forced: Bool[Tensor, "batch tokens"],
+    budgets: Int[Tensor, "batch 2"],
+    max_budget: tuple[int, int],
+    first: Bool[Tensor, "batch tokens"] | None = None,
+) -> Bool[Tensor, "batch tokens"]:
+    """Kept = the forced candidates of each modality plus the best others up to its budget in all.
+
+    Ties go to the earlier column; NaN counts as the lowest score. All forced candidates are kept,
+    also where they exceed the budget.
+
+    Args:
+        scores: the higher, the better; any float type.
+        modality: TEXT, VISION or PAD; a column of another kind is never kept.
+        candidates: columns that may be kept.
+        forced: columns that must be kept where they are candidates.
+        budgets: tokens to keep per row, [TEXT, VISION] in this order, on the scores' device.
+        max_budget: the largest of them per modality, on the host.
+        first: columns taken before all scored ones, still within the budget (`even_grid`).
+
+    Source: docs/method.md, section 4.
+    """
+    kinds = torch.arange(2, device=modality.device, dtype=modality.dtype)
+    eligible = candidates[:, None] & (modality[:, None] == kinds[:, None])
+    must = eligible & forced[:, None]
+    width = min(max(max_budget), scores.shape[1])
+    if width == 0:
+        return must.any(1)
+    others = eligible & ~must
+    lowest = -torch.inf
+    ranked = scores if first is None else scores.masked_fill(first, torch.inf)
+    ranked = ranked.masked_fill(ranked.isnan(), lowest)[:, None].masked_fill(~others, lowest)
+    need = (budgets - must.sum(-1)).clamp(min=0)[..., None]
+    # The values of topk are deterministic, its choice among equal ones is not: only they are used.
+    best = ranked.topk(width, dim=-1).values
+    threshold = best.gather(-1, (need - 1).clamp(0, width - 1))
+    above = others & (ranked > threshold)
+    ties = others & (ranked == threshold)
+    room = need - above.sum(-1, keepdim=True)
+    return (must | above | (ties & (ties.cumsum(-1) <= room))).any(1)
+
+
+def compaction_keep(
+    scores: Float[Tensor, "batch stored"],
+    modality: Int[Tensor, "batch stored"],
+    hop: Int[Tensor, "batch stored"],
+    candidates: Bool[Tensor, "batch stored"],
+    forced: Bool[Tensor, "batch stored"],
+    budgets: Int[Tensor, "batch hops 2"],
+    max_budgets: Sequence[tuple[int, int]],
+) -> Bool[Tensor, "batch stored"]:
+    """What stays of the closed hops: `keep_mask` once over all of them, or once per hop.
+
+    One budget (``hops == 1``) is pooled: tokens of all closed hops compete for it. With more,
+    budget h is that of hop h, and the tokens of a hop compete among themselves.
+
+    Args:
+        scores: score of each stored column.
+        modality: TEXT, VISION or PAD.
+        hop: hop of each stored column.
+        candidates: stored columns of closed hops; others are never in the result.
+        forced: columns that must stay where they are candidates.
+        budgets: per row and hop [TEXT, VISION], on the scores' device.
+        max_budgets: the largest over rows, per hop, on the host.
+
+    Source: docs/method.md, section 5.
+    """
+    if len(max_budgets) == 1:
+        return keep_mask(scores, modality, candidates, forced, budgets[:, 0], max_budgets[0])
+    kept = torch.zeros_like(candidates)
+    for index, most in enumerate(max_budgets):
+        own = candidates & (hop == index)
+        kept = kept | keep_mask(scores, modality, own, forced, budgets[:, index], most)
+    return kept
+
+
+def gather_index(
+    keep: Bool[Tensor, "batch tokens"], width: int
+) -> tuple[Int[Tensor, "batch width"], Bool[Tensor, "batch width"]]:
+    """Each row's kept columns, ascending, at the right end of `width` slots, and where those are.
+
+    The left is filled with distinct columns that are not kept, ascending too. `width` is at least
+    every row's kept count and at most the number of columns.
+
+    Source: docs/method.md, section 4 ("in position order").
+    """
+    kept = keep.long()
+    fills = width - kept.sum(1, keepdim=True)
+    rank = kept.cumsum(1)
+    columns = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+    # A kept column goes behind the fills; a fill that has no slot goes to a spare one, cut off.
+    slot = torch.where(keep, fills + rank - 1, (columns - rank).clamp(max=width))
+    slot = torch.where(keep | (slot < fills), slot, width)
+    index = columns.new_zeros(keep.shape[0], width + 1).scatter(1, slot, columns)
+    live = torch.arange(width, device=keep.device) >= fills
+    return index[:, :width], live
+
+
+def equalise(budgets: Sequence[Sequence[int]], counts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Row budgets ([TEXT, VISION]) of equal total: the batch's largest k, where tokens suffice.
+
+    Each modality rises to the batch's largest budget or the row's own count; what a row then lacks
+    to the largest total goes to vision, then to text. A row of fewer tokens keeps all it has.
+
+    Source: docs/method.md, section 4, ``batch_budget="equal"``.
+    """
+    most = [max(row[kind] for row in budgets) for kind in (TEXT, VISION)]
+    result = [[min(most[kind], row[kind]) for kind in (TEXT, VISION)] for row in counts]
+    total = max(sum(row) for row in result)
+    for row, available in zip(result, counts, strict=True):
+        for kind in (VISION, TEXT):
+            row[kind] += min(total - sum(row), available[kind] - row[kind])
+    return result
+
+
+def forced_tokens(
+    span: Bool[Tensor, "batch tokens"],
+    hop: Int[Tensor, "batch tokens"],
+    *,
+    prefix_tokens: int,
+    already: Int[Tensor, " batch"] | None = None,
+    always: Bool[Tensor, "batch tokens"] | None = None,
+) -> Bool[Tensor, "batch tokens"]:
+    """The span's first `prefix_tokens` of each hop, its last token, and what is in `always`.
+
+    Args:
+        span: real tokens of the span.
+        hop: their hops, never falling along a row.
+        prefix_tokens: kappa.
+        already: per row, how many real tokens of the first token's hop came in earlier forwards.
+        always: columns to keep whatever their score (`isin_ids` of always_keep_token_ids).
+
+    Source: docs/method.md, section 4.
+    """
+    forced = hop_prefix_mask(span, hop, prefix_tokens, already) | last_valid(span)
+    return forced if always is None else forced | (always & span)
+
+
+def prefix_mask(valid: Bool[Tensor, "batch tokens"], n: int) -> Bool[Tensor, "batch tokens"]:
+    """The first `n` valid columns of each row."""
+    return valid & (valid.cumsum(1) <= n)
+
+
+def hop_prefix_mask(
+    valid: Bool[Tensor, "batch tokens"],
+    hop: Int[Tensor, "batch tokens"],
+    n: int,
+    already: Int[Tensor, " batch"] | None = None,
+) -> Bool[Tensor, "batch tokens"]:
+    """The first `n` valid columns of each hop of each row; along them `hop` never falls.
+
+    `already` counts, per row, what the hop of the first valid column had before this span.
+    """
+    filled = torch.where(valid, hop.long(), -1).cummax(1).values
+    count = valid.cumsum(1)
+    start = torch.searchsorted(filled, filled)
+    before = (count - valid.long()).gather(1, start)
+    rank = count - before
+    if already is not None:
+        rank = rank + already[:, None] * (before == 0)
+    return valid & (rank <= n)
+
+
+def last_valid(valid: Bool[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
+    """The last valid column of each row; none where the row has none."""
+    count = valid.cumsum(1)
+    return valid & (count == count[:, -1:])
+
+
+def last_text_run(modality: Int[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
+    """The last run of text of each row (pads skipped), also where an image follows it.
+
+    Source: docs/method.md, section 2 (question and generation header).
+    """
+    text = modality == TEXT
+    images = (modality == VISION).cumsum(1)
+    if modality.shape[1] == 0:
+        return text
+    return text & (images == torch.where(text, images, -1).amax(1, keepdim=True))
+
+
+def image_borders(modality: Int[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
+    """Text tokens directly before or after a vision token (pads skipped): image delimiters.
+
+    Source: docs/method.md, section 2.
+    """
+    after = _neighbour(modality) == VISION
+    before = _neighbour(modality.flip(1)).flip(1) == VISION
+    return (modality == TEXT) & (before | after)
+
+
+def isin_ids(ids: Int[Tensor, "*shape"], wanted: Sequence[int]) -> Bool[Tensor, "*shape"]:
+    """Where `ids` is one of `wanted`."""
+    runs: list[list[int]] = []
+    for value in sorted(set(wanted)):
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    if len(runs) > _MAX_COMPARED_RUNS:
+        # Not torch.tensor(..., device=...): that copy waits for the device.
+        return torch.isin(ids, torch.tensor(sorted(set(wanted))).to(ids.device, non_blocking=True))
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for low, high in runs:
+        found = found | ((ids >= low) & (ids <= high))
+    return found
+
+
+def _neighbour(modality: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
+    """Modality of the last real token before each column; TEXT where there is none."""
+    columns = torch.arange(modality.shape[1], device=modality.device).expand_as(modality)
+    last_real = torch.where(modality >= 0, columns, -1).cummax(1).values
+    before = torch.nn.functional.pad(last_real, (1, 0), value=-1)[:, :-1]
+    return torch.where(before >= 0, modality.gather(1, before.clamp(min=0)), TEXT)
