@@ -14,7 +14,7 @@ from dare_hf.testing import tiny_inputs, tiny_model
 
 def main() -> None:
     model = tiny_model("llava")
-    inputs = tiny_inputs(model)
+    inputs = tiny_inputs(model, pixels=True)
     plain = model.generate(**inputs, max_new_tokens=8, do_sample=False)
 
     apply_dare(model)  # the preset "safe": text whole, vision thins out with depth

@@ -26,7 +26,7 @@ def load(arguments: list[str]) -> tuple:
         with tempfile.TemporaryDirectory() as directory:
             tiny_model("qwen2_5_vl").save_pretrained(directory)
             model = AutoModelForImageTextToText.from_pretrained(directory)
-        return model, tiny_inputs(model), lambda ids: str(ids.tolist())
+        return model, tiny_inputs(model, pixels=True), lambda ids: str(ids.tolist())
     directory, image, question = arguments
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype="auto", device_map="auto")
     processor = AutoProcessor.from_pretrained(directory)
