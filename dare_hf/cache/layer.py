@@ -1,0 +1,422 @@
+"""One layer of the cache: keys and values of the tokens kept, and which tokens those are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from dare_hf.cache import slab
+from dare_hf.cache.columns import ColumnTable
+from dare_hf.errors import DareStateError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+
+class _Staged(NamedTuple):
+    """What the next update stores."""
+
+    columns: Tensor | None
+    seen: int
+    kept: list[int]
+    scores: Tensor | None
+
+
+class _Saved(NamedTuple):
+    """A layer as it was when a forward began."""
+
+    table: ColumnTable
+    slabs: tuple[Tensor, Tensor] | None
+    owned: bool
+
+
+class DareLayer(CacheLayerMixin):
+    """Keys and values of one layer, for the tokens this layer executed.
+
+    `keys` and `values` [B, H, width, d] are views of slabs with some columns to spare. Lengths
+    that HF asks for are logical (`seen`); `width` is physical. A routed layer announces with
+    `stage` what the attention's next `update` will bring. The columns `update` returns are
+    `positions()` as it was before it, then the staged ones: storing may repack what is kept.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._saved: _Saved | None = None
+        self._drop()
+
+    def _drop(self) -> None:
+        self._table = ColumnTable()
+        self._slabs: tuple[Tensor, Tensor] | None = None
+        # False while the slabs are tensors that others (the model, autograd) may hold as well.
+        self._owned = False
+        self._staged: _Staged | None = None
+        self.keys = self.values = None
+        self.is_initialized = False
+
+    # What is stored
+
+    @property
+    def seen(self) -> int:
+        """Logical tokens that have passed this layer."""
+        return self._table.seen
+
+    @property
+    def width(self) -> int:
+        """Physical columns in use."""
+        return self._table.width
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch; 0 until something was stored."""
+        return self._table.rows
+
+    @property
+    def kept_host(self) -> list[int]:
+        """Real tokens stored per row, as the host knows them."""
+        return self._table.kept
+
+    @property
+    def holes(self) -> bool:
+        """Whether some row has a column that holds no real token."""
+        return self._table.holes
+
+    @property
+    def even(self) -> bool:
+        """Whether all rows store the same number of tokens."""
+        return self._table.even
+
+    @property
+    def pruned(self) -> bool:
+        """Whether some logical token is not stored: HF's own masks do not fit any more."""
+        return self._table.holes or self._table.width != self._table.seen
+
+    def positions(self) -> Int[Tensor, "rows width"]:
+        """Logical position of every physical column, -1 for holes."""
+        return self._table.positions()
+
+    def valid(self) -> Bool[Tensor, "rows width"] | None:
+        """Which columns hold a real token; None when all do."""
+        return self._table.valid()
+
+    def scores(self) -> Float[Tensor, "rows width"]:
+        """Score of every column, 0 where none was given."""
+        return self._table.scores()
+
+    def set_scores(self, scores: Float[Tensor, "rows width"]) -> None:
+        """Replace the score of every column."""
+        self._table.set_scores(scores)
+
+    def note_tail_scores(self, scores: Float[Tensor, "rows new"]) -> None:
+        """Give scores to the tokens of the dense update just made."""
+        self._table.note_tail_scores(scores)
+
+    def kept_lengths(self) -> Int[Tensor, " rows"]:
+        """Real tokens stored per row, counted from the bookkeeping on the device."""
+        return self._table.counts()
+
+    def token_bytes(self) -> int:
+        """Bytes of one token's key and value."""
+        if self._slabs is None:
+            return 0
+        return sum(t.shape[1] * t.shape[3] * t.element_size() for t in self._slabs)
+
+    def allocated_bytes(self) -> int:
+        """Bytes of the storage of keys and values, spare columns included."""
+        return sum(t.untyped_storage().nbytes() for t in self._slabs or ())
+
+    def bookkeeping_bytes(self) -> int:
+        """Bytes of the position and score tables, which `allocated_bytes` leaves out."""
+        return self._table.nbytes()
+
+    # Storing
+
+    def stage(
+        self,
+        columns: Int[Tensor, "rows new"] | None,
+        new_seen: int,
+        kept: list[int],
+        scores: Float[Tensor, "rows new"] | None = None,
+    ) -> None:
+        """Announce what the next `update` brings.
+
+        Args:
+            columns: Logical position of each new column, ascending in a row, -1 for fills and
+                pads. None: the next `new_seen - seen` tokens of every row, all real.
+            new_seen: Logical tokens seen by this layer after the update.
+            kept: Real tokens among the columns, per row.
+            scores: Score of each column.
+        """
+        self._staged = _Staged(columns, new_seen, kept, scores)
+
+    def advance(self, new_seen: int) -> None:
+        """Logical tokens up to `new_seen` pass with nothing stored here."""
+        self._table.advance(new_seen)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take dtype, device, heads and rows from the first tensors; stores nothing."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._table.open(key_states.shape[0], key_states.device)
+        self._set_slabs((key_states[:, :, :0].clone(), value_states[:, :, :0].clone()), owned=True)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B, H, q, d] as staged; unstaged ones as the next q tokens.
+
+        Returns:
+            Keys and values of all physical columns, the new ones last.
+
+        Raises:
+            DareStateError: Nothing is staged and the layer is pruned, or rows or columns are not
+                those announced.
+        """
+        staged, self._staged = self._staged, None
+        if staged is None:
+            staged = _Staged(None, self.seen + key_states.shape[2], [], None)
+            self._refuse_when_pruned()
+        self._check(staged, key_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._write((key_states, value_states), staged)
+        keys, values = self._used()
+        if staged.columns is None:
+            self._table.append_dense(key_states.shape[2], staged.scores)
+        else:
+            self._table.append_ragged(staged.columns, staged.kept, staged.scores, staged.seen)
+        self._fit()
+        return keys, values
+
+    def _refuse_when_pruned(self) -> None:
+        if self.pruned:
+            raise DareStateError(
+                f"This DareCache is pruned ({max(self.kept_host, default=0)} of {self.seen} tokens "
+                "stored in a layer); only a model with DARE enabled can go on with it, got an "
+                "update with DARE disabled or removed. Start with a new cache, or leave "
+                "dare_disabled"
+            )
+
+    def _check(self, staged: _Staged, keys: Tensor) -> None:
+        rows, count = keys.shape[0], keys.shape[2]
+        if self.rows and rows != self.rows:
+            raise DareStateError(
+                f"This DareCache holds {self.rows} rows; got keys of {rows} rows. Use a new cache, "
+                "batch_select_indices or batch_repeat_interleave"
+            )
+        if staged.columns is None:
+            expected = staged.seen - self.seen
+        else:
+            expected = staged.columns.shape[1]
+            if len(staged.kept) != rows:
+                raise DareStateError(
+                    f"kept has {len(staged.kept)} counts; expected {rows}, a row each"
+                )
+        if count != expected:
+            raise DareStateError(
+                f"The layer's plan announced {expected} new columns; the attention brought {count}"
+            )
+
+    def _write(self, new: tuple[Tensor, Tensor], staged: _Staged) -> None:
+        """Put the new columns behind those in use and show all of them in `keys`, `values`."""
+        start, count = self.width, new[0].shape[2]
+        end = start + count
+        if start == 0:
+            self._set_slabs((slab.exact(new[0]), slab.exact(new[1])), owned=False)
+        elif torch.is_grad_enabled() or self._needs_graph():
+            keys, values = self._used()
+            joined = torch.cat([keys, new[0]], dim=2), torch.cat([values, new[1]], dim=2)
+            self._set_slabs(joined, owned=False)
+        else:
+            if not self._writable(end):
+                added = [count] * self.rows if staged.columns is None else staged.kept
+                peak = max(a + b for a, b in zip(self.kept_host, added, strict=True))
+                room = min(slab.roomy(end, self.rows), slab.limit(peak, self.rows))
+                self._resize(max(room, end))
+            for target, source in zip(self._slabs or (), new, strict=True):
+                target[:, :, start:end].copy_(source)
+        self._show(end)
+
+    def _needs_graph(self) -> bool:
+        return any(t.requires_grad for t in self._slabs or ())
+
+    def _writable(self, end: int) -> bool:
+        """Whether columns from `width` to `end` of the slabs can be written in place."""
+        assert self._slabs is not None
+        first = self._slabs[0]
+        # A tensor made under inference_mode refuses to be written outside of it.
+        frozen = first.is_inference() and not torch.is_inference_mode_enabled()
+        saved = self._saved
+        needed = saved is not None and saved.slabs is self._slabs and saved.table.width > self.width
+        return self._owned and end <= first.shape[2] and not frozen and not needed
+
+    # Storage
+
+    def _set_slabs(self, slabs: tuple[Tensor, Tensor], *, owned: bool) -> None:
+        self._slabs, self._owned = slabs, owned
+        self._show(self.width)
+
+    def _used(self) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
+    def _show(self, width: int) -> None:
+        if self._slabs is not None:
+            self.keys, self.values = (t[:, :, :width] for t in self._slabs)
+
+    def _resize(self, capacity: int) -> None:
+        """Move to slabs of another capacity; the columns in use stay as they are."""
+        assert self._slabs is not None
+        old, width = self._slabs, self.width
+        keys, values = (slab.reserve(t, width, capacity) for t in old)
+        saved = self._saved
+        if saved is not None and saved.slabs is old and saved.table.width <= width:
+            # The snapshot's columns are in the new slabs too: let the old ones go.
+            self._saved = saved._replace(slabs=(keys, values), owned=not keys.requires_grad)
+        self._set_slabs((keys, values), owned=not keys.requires_grad)
+
+    def _fit(self) -> None:
+        """Keep what is reserved within `slab.limit`."""
+        if self._slabs is None or not self.rows:
+            return
+        peak = self._table.max_kept
+        allowed = slab.limit(peak, self.rows)
+        if self.width > allowed:
+            self._pack(self.positions() >= 0, self.kept_host)
+        elif self._slabs[0].shape[2] > allowed:
+            self._resize(min(slab.roomy(self.width, self.rows), allowed))
+
+    def _pack(self, keep: Tensor, kept: list[int]) -> None:
+        """New slabs of exactly the longest row, with the columns `keep` at their right end."""
+        index, live = slab.right_packed(keep, max(kept))
+        keys, values = self._used()
+        slabs = slab.gather_columns(keys, index), slab.gather_columns(values, index)
+        self._table.take(index, live, kept)
+        self._set_slabs(slabs, owned=not slabs[0].requires_grad)
+
+    def keep_columns(self, keep: Bool[Tensor, "rows width"], kept: list[int]) -> None:
+        """Compaction: hold only the real tokens of `keep`, and free the memory of the others.
+
+        Args:
+            keep: Columns to hold.
+            kept: Real tokens among them per row.
+        """
+        if self._slabs is None or kept == self.kept_host:
+            return
+        self._pack(keep.to(self.device) & (self.positions() >= 0), kept)
+        self._fit()
+
+    # What HF calls
+
+    def get_seq_length(self) -> int:
+        """Logical tokens that have passed this layer."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Logical length of the keys and their offset: HF's mask is logical."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: a layer grows without limit."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._drop()
+
+    def crop_counts(self, tokens_to_remove: int) -> Tensor | None:
+        """Real tokens per row that `crop` would leave, on the device; None when the host knows."""
+        if self._slabs is None or -tokens_to_remove <= self._table.tail:
+            return None
+        return self._table.counts(before=max(self.seen + tokens_to_remove, 0))
+
+    def crop(self, tokens_to_remove: int, kept: list[int] | None = None) -> None:
+        """Remove the last `-tokens_to_remove` logical tokens.
+
+        Args:
+            tokens_to_remove: Zero or negative, as HF has it.
+            kept: `crop_counts` on the host, when the caller has fetched it.
+
+        Raises:
+            ValueError: `tokens_to_remove` is positive.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"Calling `crop` with a positive value (`{tokens_to_remove}`) is not supported: "
+                "give minus the number of tokens to remove"
+            )
+        removed = min(-tokens_to_remove, self.seen)
+        table, seen = self._table, self.seen - removed
+        if removed == 0:
+            return
+        if self._slabs is None:
+            table.advance(seen)
+        elif removed <= table.tail:
+            table.drop_last(removed, seen)
+        else:
+            self._crop_head(seen, table.counts(before=seen).tolist() if kept is None else kept)
+        self._show(self.width)
+        self._fit()
+
+    def _crop_head(self, seen: int, kept: list[int]) -> None:
+        table = self._table
+        gone = [old - new for old, new in zip(table.kept, kept, strict=True)]
+        if not any(gone):
+            table.advance(seen)
+        elif not table.holes and len(set(gone)) == 1:
+            table.drop_last(gone[0], seen)
+        else:
+            positions = table.positions()
+            self._pack((positions >= 0) & (positions < seen), kept)
+            table.seen = seen
+
+    def reorder_cache(self, beam_idx: Tensor, order: list[int] | None = None) -> None:
+        """Take the rows `beam_idx`; `order` is the same on the host, when the caller knows."""
+        if self._slabs is None:
+            return
+        index = beam_idx.to(self.device)
+        self._table.select_rows(index, order)
+        keys, values = (t.index_select(0, index) for t in self._slabs)
+        self._set_slabs((keys, values), owned=not keys.requires_grad)
+        self._fit()
+
+    def batch_select_indices(self, indices: Tensor, order: list[int] | None = None) -> None:
+        """Keep the rows `indices` (numbers or a mask)."""
+        self.reorder_cache(
+            indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices, order
+        )
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times in place."""
+        if self._slabs is not None:
+            order = [row for row in range(self.rows) for _ in range(repeats)]
+            self.reorder_cache(torch.tensor(order, device=self.device), order)
+
+    # A forward that fails leaves no trace
+
+    def begin(self) -> None:
+        """Remember the layer as it is, until `commit` or `rollback`."""
+        self._staged = None
+        self._saved = _Saved(self._table.snapshot(), self._slabs, self._owned)
+
+    def commit(self) -> None:
+        """Keep what has happened since `begin`."""
+        self._saved = None
+
+    def rollback(self) -> None:
+        """Undo everything since `begin`."""
+        saved, self._saved = self._saved, None
+        if saved is None:
+            return
+        self._staged = None
+        self._table, self._slabs, self._owned = saved
+        self.is_initialized = self._slabs is not None
+        self.keys = self.values = None
+        self._show(self.width)
+        self._fit()
