@@ -146,6 +146,35 @@ def unpruned_flops(
     return 2 * macs
 
 
+def unpruned_generate_flops(
+    shapes: Sequence[LayerShape],
+    prompts: Sequence[int],
+    sampled: int,
+    *,
+    hidden: int,
+    vocab: int,
+) -> int:
+    """FLOPs of one unpruned generate as transformers runs it.
+
+    Every row runs until the longest has ended: a row that ended earlier is fed pad ids, which cost
+    as much as any token. The last sampled token is not processed. The lm_head runs on one hidden
+    state of each row and step.
+
+    Args:
+        shapes: One per layer.
+        prompts: [rows] real prompt tokens.
+        sampled: Columns generate added, the same for all rows.
+        hidden: Width of the hidden state.
+        vocab: Rows of the lm_head.
+    """
+    flops = unpruned_flops(shapes, prompts, prompts) + head_flops(
+        hidden, vocab, len(prompts) * sampled
+    )
+    for step in range(1, sampled):
+        flops += unpruned_flops(shapes, [1] * len(prompts), [n + step for n in prompts])
+    return flops
+
+
 def head_flops(hidden: int, vocab: int, rows: int) -> int:
     """FLOPs of the lm_head on `rows` hidden states."""
     return 2 * hidden * vocab * rows

@@ -40,15 +40,11 @@ def _llava() -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
 
 
-def _counted(model: nn.Module, layers: str, **inputs: object) -> tuple[int, object]:
-    """FLOPs torch counts in the decoder layers and the lm_head, and the model's output."""
-    with FlopCounterMode(display=False, depth=None) as counter, torch.no_grad():
-        output = model(**inputs)
-    name = type(model).__name__
-    by_module = {key: sum(ops.values()) for key, ops in counter.get_flop_counts().items()}
-    prefix = f"{name}.{layers}."
-    in_layers = sum(flops for key, flops in by_module.items() if key.removeprefix(prefix).isdigit())
-    return in_layers + by_module[f"{name}.lm_head"], output
+def _counted(model: nn.Module, **inputs: object) -> int:
+    """FLOPs torch counts in one forward."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    return counter.get_total_flops()
 
 
 def test_llava_prefill_and_decode_equal_torchs_count() -> None:
@@ -64,7 +60,7 @@ def test_llava_prefill_and_decode_equal_torchs_count() -> None:
     assert accounting.unpruned_flops(shapes, [PROMPT] * ROWS, [PROMPT] * ROWS) + head == counted
 
     step = {"input_ids": ids[:, :1], "past_key_values": cache}
-    counted, _ = _counted(model, "model.language_model.layers", **step)
+    counted = _counted(model, **step)
     head = accounting.head_flops(config.hidden_size, config.vocab_size, ROWS)
     keys = [[PROMPT + 1] * ROWS] * len(shapes)
     assert accounting.forward_flops(shapes, [[1] * ROWS] * len(shapes), keys) + head == counted
@@ -84,7 +80,7 @@ def test_sliding_window_equals_torchs_count_and_the_caches_bytes() -> None:
     ids, cache, seen = torch.randint(0, 96, (1, PROMPT)), DynamicCache(config=config), 0
     for q in (PROMPT, 1, 1):
         step = {"input_ids": ids[:, :q], "past_key_values": cache}
-        counted, _ = _counted(model, "model.layers", **step)
+        counted = _counted(model, **step)
         seen += q
         head = accounting.head_flops(config.hidden_size, config.vocab_size, q)
         assert accounting.unpruned_flops(shapes, [q], [seen]) + head == counted
@@ -148,3 +144,20 @@ def test_scorer_flops() -> None:
     shape = LayerShape(10, 4, 2, 8, 6)
     assert accounting.attention_scorer_flops(shape, 32, 100) == 2 * 100 * (4 * 32 * 8 + 2 * 6)
     assert accounting.key_norm_scorer_flops(shape, 100) == 2 * 100 * 2 * 8
+
+
+def test_generate_equals_torchs_count() -> None:
+    model = _llava()
+    config = model.config.text_config
+    shapes = accounting.shapes_of(model.model.language_model.layers, config)
+    ids = torch.randint(0, 96, (ROWS, PROMPT))
+    with FlopCounterMode(display=False) as counter:
+        out = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    flops = accounting.unpruned_generate_flops(
+        shapes,
+        [PROMPT] * ROWS,
+        out.shape[1] - PROMPT,
+        hidden=config.hidden_size,
+        vocab=config.vocab_size,
+    )
+    assert flops == counter.get_total_flops()
