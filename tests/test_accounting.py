@@ -53,9 +53,7 @@ def test_llava_prefill_and_decode_equal_torchs_count() -> None:
     shapes = accounting.shapes_of(model.model.language_model.layers, config)
     ids = torch.randint(0, 96, (ROWS, PROMPT))
     cache = DynamicCache(config=config)
-    counted, _ = _counted(
-        model, "model.language_model.layers", input_ids=ids, past_key_values=cache
-    )
+    counted = _counted(model, input_ids=ids, past_key_values=cache)
     head = accounting.head_flops(config.hidden_size, config.vocab_size, ROWS * PROMPT)
     assert accounting.unpruned_flops(shapes, [PROMPT] * ROWS, [PROMPT] * ROWS) + head == counted
 
