@@ -2,12 +2,28 @@
 
 from dare_hf.testing.inputs import TINY_TEXT_TOKENS, collate, tiny_inputs, tiny_rows
 from dare_hf.testing.models import TINY_MODELS, tiny_model
+from dare_hf.testing.oracle import (
+    OracleRouting,
+    OracleRun,
+    decoder_layers,
+    masked_forward,
+    modality_of,
+    oracle_forward,
+    written_inputs,
+)
 
 __all__ = [
     "TINY_MODELS",
     "TINY_TEXT_TOKENS",
+    "OracleRouting",
+    "OracleRun",
     "collate",
+    "decoder_layers",
+    "masked_forward",
+    "modality_of",
+    "oracle_forward",
     "tiny_inputs",
     "tiny_model",
     "tiny_rows",
+    "written_inputs",
 ]

@@ -141,8 +141,9 @@ def _chameleon(layers: int, overrides: dict[str, Any]) -> PreTrainedConfig:
         "<eoss>": IMAGE_END_ID,
         **{image_token_name(code): CHAMELEON_TEXT_IDS + code for code in range(CHAMELEON_CODES)},
     }
-    text = {"vocab_size": CHAMELEON_TEXT_IDS + CHAMELEON_CODES, **overrides}
-    return ChameleonConfig(vq_config=vq, vocabulary_map=names, **{**_text(layers), **text})
+    options = {"vocab_size": CHAMELEON_TEXT_IDS + CHAMELEON_CODES, **overrides}
+    text: dict[str, Any] = {**_text(layers), **options}
+    return ChameleonConfig(vq_config=vq, vocabulary_map=names, **text)
 
 
 _BUILDERS: dict[str, tuple[type[PreTrainedModel], Callable[..., PreTrainedConfig]]] = {
