@@ -1,0 +1,1 @@
+"""Generation beyond plain text: interleaved images and injected thoughts."""

@@ -1,0 +1,1 @@
+"""Spatial tasks with pixels in and answers checked by replay."""
