@@ -185,14 +185,12 @@ def _generate(
     step = processor.image_seq_length + _STEP_TEXT_IDS
     # Room for one step too many, so that miscounting shows as such and not as a cut-off answer.
     limits = [length + (len(item.actions) + 1) * step + _ANSWER_IDS for item in rows]
-    settings: dict[str, Any] = {
-        **inputs,
-        "do_sample": False,
-        "max_new_tokens": max(limits) - length,
-    }
+    settings = {"do_sample": False, "max_new_tokens": max(limits) - length, **generate_kwargs}
+    generate: Any = model.generate
     with allow_image_tokens(model):
-        outputs = model.generate(
-            **(settings | generate_kwargs),
+        outputs = generate(
+            **inputs,
+            **settings,
             logits_processor=LogitsProcessorList([rule]),
             stopping_criteria=StoppingCriteriaList([_RowLimit(limits)]),
         )
