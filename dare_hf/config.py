@@ -136,7 +136,7 @@ class DareConfig(PeftConfig):
     mu: float = 0.1
     epsilon: float = 0.3
     seed: int = 0
-    peft_type: str = PEFT_TYPE
+    peft_type: str | None = PEFT_TYPE
 
     def __post_init__(self) -> None:
         """Check every field and bring it into its one form (floats, tuples)."""

@@ -1,0 +1,287 @@
+"""DareConfig: defaults, presets, refusals, and the way through adapter_config.json."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+
+from dare_hf.config import DareConfig
+from dare_hf.errors import DareConfigError, DareError
+
+NAN = float("nan")
+INFINITY = float("inf")
+
+NOT_A_RATE = [0, 0.0, -0.1, 1.0001, 2, NAN, INFINITY, True, "0.5", None, [0.5], 1j]
+NOT_POSITIVE = [0, -1.0, NAN, INFINITY, True, "1", None]
+NOT_A_WEIGHT = [-0.1, NAN, INFINITY, -INFINITY, False, "1", None]
+NOT_A_COUNT = [0, -1, 1.0, 2.5, NAN, True, "2"]
+NOT_IDS = [(-1,), (1.0,), (True,), ("a",), 7, "7", {7}, (None,), ((1, 2),)]
+
+REFUSED = {
+    "vision_retention": NOT_A_RATE,
+    "text_retention": NOT_A_RATE,
+    "hop_decay": NOT_A_RATE,
+    "schedule": [
+        "two-stage",
+        "",
+        (),
+        [],
+        None,
+        0.4,
+        [0.4, 0.7],
+        [(0.4,)],
+        [(0.4, 0.7, 1.0)],
+        [(0.4, 0.0)],
+        [(NAN, 0.7)],
+        [(True, 0.7)],
+        [("0.4", 0.7)],
+        ["ab"],
+    ],
+    "plan_every": [*NOT_A_COUNT, None],
+    "max_hops": [*NOT_A_COUNT, None],
+    "max_kv_tokens": NOT_A_COUNT,
+    "decode_window": NOT_A_COUNT,
+    "prefix_tokens": [-1, 2.0, True, "2", None, NAN],
+    "batch_budget": ["rows", "", None, 1, ["row"]],
+    "pruned": ["skip", None, True],
+    "decode": ["fast", None],
+    "score_scaling": ["none", None],
+    "selector": ["topk", None],
+    "hop_score": ["seen", "", 0],
+    "hop_budget": ["row", "", 0],
+    "uniform_share": [-0.1, 1.1, NAN, True, "0.25", None],
+    "cut_layer": ["half", -1, 0.0, 1.0, 1.5, -0.5, NAN, True, None, (3,)],
+    "scorer": ["", None, 3, ["attention"]],
+    "hop_delimiters": ["</coor>", 5, None, [""], [[]], [-1], [1.5], [True], [[1, -2]], [None]],
+    "always_keep_token_ids": [*NOT_IDS, None],
+    "image_token_ids": NOT_IDS,
+    "hop_aware": [1, 0, None, "yes"],
+    "normalize_input": [1, 0, None, "yes"],
+    "tau_start": NOT_POSITIVE,
+    "tau_end": NOT_POSITIVE,
+    "soft_temperature": NOT_POSITIVE,
+    "lambda_ratio": NOT_A_WEIGHT,
+    "lambda_soft": NOT_A_WEIGHT,
+    "lambda_hard": NOT_A_WEIGHT,
+    "mu": NOT_A_WEIGHT,
+    "epsilon": NOT_A_WEIGHT,
+    "seed": [0.5, NAN, True, "0", None],
+    "peft_type": ["LORA", None, 3],
+}
+
+ACCEPTED = {
+    "vision_retention": [(1, 1.0), (0.001, 0.001), (np.float32(0.5), 0.5)],
+    "text_retention": [(1, 1.0)],
+    "schedule": [
+        ("safe", "safe"),
+        ("learned", "learned"),
+        ([[1, 0.5], (0.25, 1)], ((1.0, 0.5), (0.25, 1.0))),
+    ],
+    "cut_layer": [("auto", "auto"), (0, 0), (7, 7), (0.5, 0.5), (np.int64(3), 3)],
+    "hop_delimiters": [
+        ([5, [6, 7], "</coor>"], (5, (6, 7), "</coor>")),
+        ((), ()),
+    ],
+    "always_keep_token_ids": [([0, 3], (0, 3)), (range(2), (0, 1))],
+    "image_token_ids": [(None, None), ([9], (9,)), ((), ())],
+    "hop_score": [(None, None), ("stored", "stored"), ("observed", "observed")],
+    "hop_budget": [(None, None), ("pooled", "pooled"), ("per_hop", "per_hop")],
+    "max_kv_tokens": [(None, None), (1, 1)],
+    "decode_window": [(None, None), (1, 1)],
+    "prefix_tokens": [(0, 0)],
+    "uniform_share": [(0, 0.0), (1, 1.0)],
+    "scorer": [("router", "router"), ("a user's own", "a user's own")],
+    "mu": [(0, 0.0)],
+    "seed": [(-5, -5), (2**70, 2**70)],
+}
+
+
+def pairs(table: dict) -> list:
+    return [
+        pytest.param(name, value, id=f"{name}-{value!r}")
+        for name, values in table.items()
+        for value in values
+    ]
+
+
+def own_fields() -> set[str]:
+    return set(DareConfig.__annotations__)
+
+
+@pytest.mark.parametrize(("name", "value"), pairs(REFUSED))
+def test_refuses_naming_field_and_value(name: str, value: object) -> None:
+    with pytest.raises(DareConfigError) as refusal:
+        DareConfig(**{name: value})
+    text = str(refusal.value)
+    assert text.startswith(name), f"the message does not name {name}: {text}"
+    assert "must be" in text
+    assert ", got " in text
+    if not isinstance(value, list | tuple):
+        assert repr(value) in text, f"the message does not show the value: {text}"
+
+
+def test_every_field_has_refusals() -> None:
+    assert own_fields() == set(REFUSED)
+
+
+@pytest.mark.parametrize(("name", "case"), pairs(ACCEPTED))
+def test_accepts_and_normalises(name: str, case: tuple[object, object]) -> None:
+    value, stored = case
+    given = getattr(DareConfig(**{name: value}), name)
+    assert given == stored
+    assert type(given) is type(stored), "a JSON file must hold plain numbers"
+
+
+def test_every_field_is_documented() -> None:
+    lines = (DareConfig.__doc__ or "").splitlines()
+    documented = {line.split(":")[0].strip() for line in lines if line.startswith("        ")}
+    assert own_fields() <= documented
+
+
+def test_defaults_are_the_contract() -> None:
+    values = {name: getattr(DareConfig(), name) for name in own_fields()}
+    assert values == {
+        "vision_retention": 0.4,
+        "text_retention": 0.7,
+        "schedule": "two_stage",
+        "plan_every": 1,
+        "batch_budget": "row",
+        "uniform_share": 0.0,
+        "cut_layer": "auto",
+        "prefix_tokens": 2,
+        "pruned": "bypass",
+        "scorer": "attention",
+        "hop_delimiters": (),
+        "hop_aware": True,
+        "max_hops": 8,
+        "hop_decay": 1.0,
+        "hop_score": None,
+        "hop_budget": None,
+        "max_kv_tokens": None,
+        "decode": "full",
+        "decode_window": None,
+        "always_keep_token_ids": (),
+        "image_token_ids": None,
+        "normalize_input": True,
+        "score_scaling": "straight_through",
+        "selector": "soft_topk",
+        "tau_start": 1.0,
+        "tau_end": 0.2,
+        "soft_temperature": 0.05,
+        "lambda_ratio": 1.0,
+        "lambda_soft": 1.0,
+        "lambda_hard": 1.0,
+        "mu": 0.1,
+        "epsilon": 0.3,
+        "seed": 0,
+        "peft_type": "DARE_ROUTER",
+    }
+
+
+def test_presets() -> None:
+    safe = DareConfig.preset("safe")
+    assert (safe.schedule, safe.text_retention, safe.plan_every) == ("safe", 1.0, 4)
+    assert (safe.uniform_share, safe.hop_decay, safe.scorer) == (0.25, 1.0, "attention")
+    paper = DareConfig.preset("paper")
+    assert (paper.vision_retention, paper.text_retention) == (0.4, 0.7)
+    assert (paper.schedule, paper.pruned, paper.scorer) == ("two_stage", "bypass", "router")
+    assert DareConfig.preset("paper", scorer="random", seed=3).scorer == "random"
+    assert DareConfig.preset("paper").scorer == "router", "an override changed the preset itself"
+
+
+def test_preset_refusals() -> None:
+    with pytest.raises(DareConfigError, match=r"'paper', 'safe'.*got 'fast'"):
+        DareConfig.preset("fast")
+    with pytest.raises(DareConfigError, match="vision_retention"):
+        DareConfig.preset("safe", vision_retention=1.5)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "score", "budget"),
+    [
+        ("attention", "observed", "per_hop"),
+        ("router", "stored", "pooled"),
+        ("mine", "stored", "pooled"),
+    ],
+)
+def test_hop_choices_follow_the_scorer(scorer: str, score: str, budget: str) -> None:
+    config = DareConfig(scorer=scorer)
+    assert (config.resolved_hop_score, config.resolved_hop_budget) == (score, budget)
+    other = DareConfig(scorer=scorer, hop_score="stored", hop_budget="pooled")
+    assert (other.resolved_hop_score, other.resolved_hop_budget) == ("stored", "pooled")
+
+
+FULL = DareConfig(
+    task_type="CAUSAL_LM",
+    base_model_name_or_path="somewhere/base",
+    inference_mode=True,
+    vision_retention=0.123456789012345,
+    schedule=[(1, 0.5), (0.25, 1.0)],
+    cut_layer=3,
+    hop_delimiters=[5, [6, 7], "</coor>"],
+    hop_score="stored",
+    hop_budget="per_hop",
+    max_kv_tokens=100,
+    decode_window=16,
+    always_keep_token_ids=[1, 2],
+    image_token_ids=range(4, 8),
+    seed=-7,
+)
+
+
+@pytest.mark.parametrize(
+    "config", [DareConfig(), DareConfig.preset("safe"), DareConfig.preset("paper"), FULL]
+)
+def test_json_round_trip(config: DareConfig, tmp_path: Path) -> None:
+    config.save_pretrained(str(tmp_path))
+    loaded = DareConfig.from_pretrained(str(tmp_path))
+    assert loaded == config
+    assert type(loaded) is DareConfig
+
+
+def test_json_file_is_strict_json(tmp_path: Path) -> None:
+    FULL.save_pretrained(str(tmp_path))
+    text = (tmp_path / "adapter_config.json").read_text()
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(name))["peft_type"] == (
+        "DARE_ROUTER"
+    )
+
+
+def test_loading_refuses_another_method(tmp_path: Path) -> None:
+    peft.LoraConfig().save_pretrained(str(tmp_path))
+    with pytest.raises(DareConfigError, match=r"peft_type must be 'DARE_ROUTER', got 'LORA'"):
+        DareConfig.from_pretrained(str(tmp_path))
+
+
+def test_loading_refuses_unknown_fields_and_bad_values(tmp_path: Path) -> None:
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({"peft_type": "DARE_ROUTER", "text_rotation": 0.5}))
+    with pytest.raises(DareConfigError, match="text_rotation"):
+        DareConfig.from_pretrained(str(tmp_path))
+    file.write_text('{"peft_type": "DARE_ROUTER", "text_retention": NaN}')
+    with pytest.raises(DareConfigError, match="text_retention"):
+        DareConfig.from_pretrained(str(tmp_path))
+
+
+def test_peft_fields_keep_their_meaning() -> None:
+    assert FULL.task_type == "CAUSAL_LM"
+    assert FULL.inference_mode is True
+    assert FULL.is_prompt_learning is False
+    assert FULL.peft_version == peft.__version__
+    with pytest.raises(DareConfigError, match="Invalid task type"):
+        DareConfig(task_type="MAZES")
+
+
+def test_copies() -> None:
+    other = dataclasses.replace(FULL, text_retention=0.5)
+    assert (other.text_retention, other.schedule) == (0.5, FULL.schedule)
+    with pytest.raises(DareConfigError, match="text_retention"):
+        dataclasses.replace(FULL, text_retention=5)
+
+
+def test_errors_are_value_errors() -> None:
+    assert issubclass(DareConfigError, ValueError)
+    assert issubclass(DareConfigError, DareError)
