@@ -67,11 +67,11 @@ class DareReport:
         lines = [f"DareReport: {self.hops} hop{'s' * (self.hops != 1)}, {self.seconds:.2f} s"]
         lines += [f"{'':10}{'with DARE':>14}{'unpruned':>14}{'ratio':>8}"]
         lines += [
-            f"{name:10}{_si(got, unit):>14}{_si(full, unit):>14}{ratio(got, full):>8}"
+            f"{name:10}{amount(got, unit):>14}{amount(full, unit):>14}{ratio(got, full):>8}"
             for name, got, full, unit in rows
         ]
         if self.kv_bytes_predicted != self.kv_bytes:
-            lines += [f"predicted KV cache: {_si(self.kv_bytes_predicted, 'B')}"]
+            lines += [f"predicted KV cache: {amount(self.kv_bytes_predicted, 'B')}"]
         lines += [self._hop_line(hop) for hop in range(len(self.retention))]
         if any(self.skipped_layers):
             lines += [f"layer runs skipped by sampled tokens: {sum(self.skipped_layers)}"]
@@ -222,7 +222,7 @@ def ratio(got: float, full: float) -> str:
     return f"{got / full:.2f}" if full else "-"
 
 
-def _si(value: float, unit: str) -> str:
+def amount(value: float, unit: str) -> str:
     """A count with a decimal prefix: 1234567, "B" -> "1.23 MB"."""
     for prefix in ("", "k", "M", "G", "T"):
         if value < 1000:
