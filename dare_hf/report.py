@@ -225,7 +225,7 @@ def ratio(got: float, full: float) -> str:
 def amount(value: float, unit: str) -> str:
     """A count with a decimal prefix: 1234567, "B" -> "1.23 MB"."""
     for prefix in ("", "k", "M", "G", "T"):
-        if value < 1000:
+        if value < 999.5:
             return f"{value:.3g} {prefix}{unit}"
         value /= 1000
     return f"{value:.4g} P{unit}"

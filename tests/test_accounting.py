@@ -18,6 +18,8 @@ from transformers import (
 
 from dare_hf import accounting
 from dare_hf.accounting import LayerShape
+from dare_hf.adapters import locate
+from dare_hf.testing import TINY_MODELS, tiny_inputs, tiny_model
 
 ROWS, PROMPT = 2, 21
 
@@ -159,3 +161,16 @@ def test_generate_equals_torchs_count() -> None:
         vocab=config.vocab_size,
     )
     assert flops == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_each_architecture_equals_torchs_count(name: str) -> None:
+    model = tiny_model(name, attn_implementation="eager")
+    inputs = tiny_inputs(model, batch=2)
+    parts = locate(model)
+    shapes = accounting.shapes_of(parts.layers, parts.text_config)
+    rows, length = inputs["input_ids"].shape
+    hidden, vocab = parts.text_config.hidden_size, parts.text_config.vocab_size
+    head = accounting.head_flops(hidden, vocab, rows * length)
+    counted = _counted(model, **inputs, use_cache=False)
+    assert accounting.unpruned_flops(shapes, [length] * rows, [length] * rows) + head == counted
