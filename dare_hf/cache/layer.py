@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from dare_hf.cache import slab
 from dare_hf.cache.columns import ColumnTable
+from dare_hf.cache.slab import Slabs, limit, right_packed, roomy
 from dare_hf.errors import DareStateError
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
+
+    from dare_hf.cache.ring import QueryRing
 
 
 class _Staged(NamedTuple):
@@ -29,8 +31,9 @@ class _Saved(NamedTuple):
     """A layer as it was when a forward began."""
 
     table: ColumnTable
-    slabs: tuple[Tensor, Tensor] | None
-    owned: bool
+    slabs: Slabs | None
+    plain: bool
+    ring: QueryRing | None
 
 
 class DareLayer(CacheLayerMixin):
@@ -53,10 +56,12 @@ class DareLayer(CacheLayerMixin):
 
     def _drop(self) -> None:
         self._table = ColumnTable()
-        self._slabs: tuple[Tensor, Tensor] | None = None
-        # False while the slabs are tensors that others (the model, autograd) may hold as well.
-        self._owned = False
+        self._slabs: Slabs | None = None
         self._staged: _Staged | None = None
+        # Whether columns are the logical ones, pads included, so that HF's own masks fit.
+        self.plain = True
+        # The last queries, for scoring closed hops; None while nobody needs them.
+        self.ring: QueryRing | None = None
         self.keys = self.values = None
         self.is_initialized = False
 
@@ -123,13 +128,11 @@ class DareLayer(CacheLayerMixin):
 
     def token_bytes(self) -> int:
         """Bytes of one token's key and value."""
-        if self._slabs is None:
-            return 0
-        return sum(t.shape[1] * t.shape[3] * t.element_size() for t in self._slabs)
+        return 0 if self._slabs is None else self._slabs.token_bytes
 
     def allocated_bytes(self) -> int:
         """Bytes of the storage of keys and values, spare columns included."""
-        return sum(t.untyped_storage().nbytes() for t in self._slabs or ())
+        return 0 if self._slabs is None else self._slabs.allocated_bytes
 
     def bookkeeping_bytes(self) -> int:
         """Bytes of the position and score tables, which `allocated_bytes` leaves out."""
@@ -163,7 +166,8 @@ class DareLayer(CacheLayerMixin):
         """Take dtype, device, heads and rows from the first tensors; stores nothing."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self._table.open(key_states.shape[0], key_states.device)
-        self._set_slabs((key_states[:, :, :0].clone(), value_states[:, :, :0].clone()), owned=True)
+        self._slabs = Slabs.adopt(key_states[:, :, :0], value_states[:, :, :0])
+        self._show(0)
         self.is_initialized = True
 
     def update(
@@ -185,8 +189,7 @@ class DareLayer(CacheLayerMixin):
         self._check(staged, key_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._write((key_states, value_states), staged)
-        keys, values = self._used()
+        keys, values = self._write(key_states, value_states, staged)
         if staged.columns is None:
             self._table.append_dense(key_states.shape[2], staged.scores)
         else:
@@ -214,91 +217,75 @@ class DareLayer(CacheLayerMixin):
             expected = staged.seen - self.seen
         else:
             expected = staged.columns.shape[1]
-            if len(staged.kept) != rows:
+            if len(staged.kept) != rows or staged.seen < self.seen:
                 raise DareStateError(
-                    f"kept has {len(staged.kept)} counts; expected {rows}, a row each"
+                    f"The layer's plan announced {len(staged.kept)} rows up to token "
+                    f"{staged.seen}; expected {rows} rows and at least token {self.seen}"
                 )
         if count != expected:
             raise DareStateError(
                 f"The layer's plan announced {expected} new columns; the attention brought {count}"
             )
 
-    def _write(self, new: tuple[Tensor, Tensor], staged: _Staged) -> None:
-        """Put the new columns behind those in use and show all of them in `keys`, `values`."""
-        start, count = self.width, new[0].shape[2]
+    def _write(self, keys: Tensor, values: Tensor, staged: _Staged) -> tuple[Tensor, Tensor]:
+        """Put new columns behind those in use; returns all of them, also in `keys`, `values`."""
+        assert self._slabs is not None
+        start, count = self.width, keys.shape[2]
         end = start + count
         if start == 0:
-            self._set_slabs((slab.exact(new[0]), slab.exact(new[1])), owned=False)
-        elif torch.is_grad_enabled() or self._needs_graph():
-            keys, values = self._used()
-            joined = torch.cat([keys, new[0]], dim=2), torch.cat([values, new[1]], dim=2)
-            self._set_slabs(joined, owned=False)
+            self._slabs = Slabs.adopt(keys, values)
+        elif torch.is_grad_enabled() or self._slabs.graph:
+            self._slabs = self._slabs.joined(start, keys, values)
         else:
-            if not self._writable(end):
+            if not self._slabs.writable(end) or self._snapshot_needs_tail():
                 added = [count] * self.rows if staged.columns is None else staged.kept
                 peak = max(a + b for a, b in zip(self.kept_host, added, strict=True))
-                room = min(slab.roomy(end, self.rows), slab.limit(peak, self.rows))
+                room = min(roomy(end, self.rows), limit(peak, self.rows))
                 self._resize(max(room, end))
-            for target, source in zip(self._slabs or (), new, strict=True):
-                target[:, :, start:end].copy_(source)
-        self._show(end)
+            self._slabs.write(start, keys, values)
+        return self._show(end)
 
-    def _needs_graph(self) -> bool:
-        return any(t.requires_grad for t in self._slabs or ())
-
-    def _writable(self, end: int) -> bool:
-        """Whether columns from `width` to `end` of the slabs can be written in place."""
-        assert self._slabs is not None
-        first = self._slabs[0]
-        # A tensor made under inference_mode refuses to be written outside of it.
-        frozen = first.is_inference() and not torch.is_inference_mode_enabled()
+    def _snapshot_needs_tail(self) -> bool:
+        """Whether a rollback would read columns beyond those in use: a crop came after `begin`."""
         saved = self._saved
-        needed = saved is not None and saved.slabs is self._slabs and saved.table.width > self.width
-        return self._owned and end <= first.shape[2] and not frozen and not needed
+        return saved is not None and saved.slabs is self._slabs and saved.table.width > self.width
 
     # Storage
 
-    def _set_slabs(self, slabs: tuple[Tensor, Tensor], *, owned: bool) -> None:
-        self._slabs, self._owned = slabs, owned
-        self._show(self.width)
-
-    def _used(self) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None and self.values is not None
-        return self.keys, self.values
-
-    def _show(self, width: int) -> None:
-        if self._slabs is not None:
-            self.keys, self.values = (t[:, :, :width] for t in self._slabs)
+    def _show(self, width: int) -> tuple[Tensor, Tensor]:
+        assert self._slabs is not None
+        self.keys, self.values = shown = self._slabs.used(width)
+        return shown
 
     def _resize(self, capacity: int) -> None:
         """Move to slabs of another capacity; the columns in use stay as they are."""
         assert self._slabs is not None
-        old, width = self._slabs, self.width
-        keys, values = (slab.reserve(t, width, capacity) for t in old)
-        saved = self._saved
-        if saved is not None and saved.slabs is old and saved.table.width <= width:
+        old, saved = self._slabs, self._saved
+        self._slabs = old.resized(self.width, capacity)
+        if saved is not None and saved.slabs is old and saved.table.width <= self.width:
             # The snapshot's columns are in the new slabs too: let the old ones go.
-            self._saved = saved._replace(slabs=(keys, values), owned=not keys.requires_grad)
-        self._set_slabs((keys, values), owned=not keys.requires_grad)
+            self._saved = saved._replace(slabs=self._slabs)
+        self._show(self.width)
 
     def _fit(self) -> None:
-        """Keep what is reserved within `slab.limit`."""
+        """Keep what is reserved within `limit`, and `keys` and `values` to the columns in use."""
         if self._slabs is None or not self.rows:
             return
-        peak = self._table.max_kept
-        allowed = slab.limit(peak, self.rows)
+        allowed = limit(self._table.max_kept, self.rows)
         if self.width > allowed:
             self._pack(self.positions() >= 0, self.kept_host)
-        elif self._slabs[0].shape[2] > allowed:
-            self._resize(min(slab.roomy(self.width, self.rows), allowed))
+        elif self._slabs.capacity > allowed:
+            self._resize(min(roomy(self.width, self.rows), allowed))
+        elif self.keys is None or self.keys.shape[2] != self.width:
+            self._show(self.width)
 
     def _pack(self, keep: Tensor, kept: list[int]) -> None:
         """New slabs of exactly the longest row, with the columns `keep` at their right end."""
-        index, live = slab.right_packed(keep, max(kept))
-        keys, values = self._used()
-        slabs = slab.gather_columns(keys, index), slab.gather_columns(values, index)
+        assert self._slabs is not None
+        index, live = right_packed(keep, max(kept))
+        self._slabs = self._slabs.packed(self.width, index)
         self._table.take(index, live, kept)
-        self._set_slabs(slabs, owned=not slabs[0].requires_grad)
+        self._show(self.width)
 
     def keep_columns(self, keep: Bool[Tensor, "rows width"], kept: list[int]) -> None:
         """Compaction: hold only the real tokens of `keep`, and free the memory of the others.
@@ -309,6 +296,7 @@ class DareLayer(CacheLayerMixin):
         """
         if self._slabs is None or kept == self.kept_host:
             return
+        self.plain = False
         self._pack(keep.to(self.device) & (self.positions() >= 0), kept)
         self._fit()
 
@@ -355,13 +343,14 @@ class DareLayer(CacheLayerMixin):
         table, seen = self._table, self.seen - removed
         if removed == 0:
             return
+        if self.ring is not None:
+            self.ring = self.ring.cropped(seen)
         if self._slabs is None:
             table.advance(seen)
         elif removed <= table.tail:
             table.drop_last(removed, seen)
         else:
             self._crop_head(seen, table.counts(before=seen).tolist() if kept is None else kept)
-        self._show(self.width)
         self._fit()
 
     def _crop_head(self, seen: int, kept: list[int]) -> None:
@@ -382,8 +371,10 @@ class DareLayer(CacheLayerMixin):
             return
         index = beam_idx.to(self.device)
         self._table.select_rows(index, order)
-        keys, values = (t.index_select(0, index) for t in self._slabs)
-        self._set_slabs((keys, values), owned=not keys.requires_grad)
+        self._slabs = self._slabs.selected(index)
+        if self.ring is not None:
+            self.ring = self.ring.rows(index)
+        self.keys = self.values = None
         self._fit()
 
     def batch_select_indices(self, indices: Tensor, order: list[int] | None = None) -> None:
@@ -403,7 +394,7 @@ class DareLayer(CacheLayerMixin):
     def begin(self) -> None:
         """Remember the layer as it is, until `commit` or `rollback`."""
         self._staged = None
-        self._saved = _Saved(self._table.snapshot(), self._slabs, self._owned)
+        self._saved = _Saved(self._table.snapshot(), self._slabs, self.plain, self.ring)
 
     def commit(self) -> None:
         """Keep what has happened since `begin`."""
@@ -415,8 +406,7 @@ class DareLayer(CacheLayerMixin):
         if saved is None:
             return
         self._staged = None
-        self._table, self._slabs, self._owned = saved
+        self._table, self._slabs, self.plain, self.ring = saved
         self.is_initialized = self._slabs is not None
         self.keys = self.values = None
-        self._show(self.width)
         self._fit()

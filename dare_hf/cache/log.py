@@ -27,6 +27,8 @@ class TokenLog:
         self._modality: list[Tensor] = []
         self._hop: list[Tensor] = []
         self._length = 0
+        # Bool[rows, tokens] tokens that are kept whatever their score; None when there are none.
+        self.always: Tensor | None = None
 
     def __len__(self) -> int:
         return self._length
