@@ -209,6 +209,14 @@ def test_attention_of_queries_that_do_not_count() -> None:
     assert torch.equal(attention_scores(**noisy), attention_scores(**case))
 
 
+def test_attention_ignores_what_an_unused_slot_holds() -> None:
+    case = attention_case(7)
+    case["visible"][..., 2], case["span"][:, 2] = False, False
+    expected = attention_scores(**case)
+    case["key"][:, :, 2], case["value"][:, :, 2] = float("nan"), float("nan")
+    assert torch.equal(attention_scores(**case), expected)
+
+
 def test_attention_uses_each_heads_own_values() -> None:
     case = attention_case(1, batch=1, group=2, queries=1, stored=2) | {
         "key": torch.zeros(1, 2, 2, 8),

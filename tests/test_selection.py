@@ -1,6 +1,7 @@
 """Laws of selection, of the gather index and of the even grid, over random ragged batches."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -72,19 +73,21 @@ class Case:
         return Case(*(take(getattr(self, name)) for name in Case.__dataclass_fields__))
 
 
-def matrix(draw: st.DrawFn, elements: st.SearchStrategy, batch: int, tokens: int) -> list:
-    row = st.lists(elements, min_size=tokens, max_size=tokens)
-    return draw(st.lists(row, min_size=batch, max_size=batch))
+def matrix(draw: st.DrawFn, values: Sequence, batch: int, tokens: int) -> list[list]:
+    """Rows of `values`, each drawn as the digits of one integer: a draw per cell is slow."""
+    base = len(values)
+    numbers = [draw(st.integers(0, base**tokens - 1)) for _ in range(batch)]
+    return [[values[n // base**place % base] for place in range(tokens)] for n in numbers]
 
 
 def booleans(draw: st.DrawFn, batch: int, tokens: int) -> Tensor:
-    rows = matrix(draw, st.booleans(), batch, tokens)
+    rows = matrix(draw, [False, True], batch, tokens)
     return torch.tensor(rows, dtype=torch.bool).view(batch, tokens)
 
 
 def modalities(draw: st.DrawFn, batch: int, tokens: int) -> Tensor:
-    values = matrix(draw, st.sampled_from([PAD, TEXT, VISION, VISION]), batch, tokens)
-    return torch.tensor(values, dtype=torch.int8).view(batch, tokens)
+    rows = matrix(draw, [PAD, TEXT, VISION, VISION], batch, tokens)
+    return torch.tensor(rows, dtype=torch.int8).view(batch, tokens)
 
 
 @st.composite
@@ -93,9 +96,9 @@ def cases(draw: st.DrawFn, *, distinct: bool = False, min_tokens: int = 0) -> Ca
     if distinct:
         values = [draw(st.permutations(range(tokens))) for _ in range(batch)]
     else:
-        values = matrix(draw, st.sampled_from(TIED_SCORES), batch, tokens)
+        values = matrix(draw, TIED_SCORES, batch, tokens)
     modality = modalities(draw, batch, tokens)
-    budget = matrix(draw, st.integers(0, MAX_BUDGET), batch, 2)
+    budget = matrix(draw, range(MAX_BUDGET + 1), batch, 2)
     return Case(
         scores=torch.tensor(values, dtype=torch.float32).view(batch, tokens),
         modality=modality,
@@ -201,12 +204,8 @@ def test_other_float_types(dtype: torch.dtype) -> None:
 @given(cases(), st.integers(1, 4), st.data())
 def test_compaction_equals_the_reference(case: Case, hops: int, data: st.DataObject) -> None:
     batch, tokens = case.scores.shape
-    hop = (
-        torch.tensor(matrix(data.draw, st.integers(0, hops), batch, tokens))
-        .view(batch, tokens)
-        .long()
-    )
-    limits = matrix(data.draw, st.integers(0, MAX_BUDGET), batch, hops * 2)
+    hop = torch.tensor(matrix(data.draw, range(hops + 1), batch, tokens)).view(batch, tokens).long()
+    limits = matrix(data.draw, range(MAX_BUDGET + 1), batch, hops * 2)
     budgets = torch.tensor(limits).view(batch, hops, 2)
     arguments = (case.scores, case.modality, hop, case.candidates, case.forced, budgets)
     kept = compaction_keep(*arguments, [tuple(most) for most in budgets.amax(0).tolist()])
@@ -240,7 +239,7 @@ def test_scatter_of_the_gathered_is_the_identity(data: st.DataObject) -> None:
 @given(st.data())
 def test_equalise(data: st.DataObject) -> None:
     rows = data.draw(st.integers(1, 4))
-    counts = matrix(data.draw, st.integers(0, 12), rows, 2)
+    counts = matrix(data.draw, range(13), rows, 2)
     budgets = [[data.draw(st.integers(min(1, n), n)) for n in row] for row in counts]
     result = equalise(budgets, counts)
     total = max(sum(row) for row in result)
@@ -266,9 +265,9 @@ def spans(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     """A span with gaps, and hops that never fall along it but mean nothing elsewhere."""
     batch, tokens = draw(st.integers(1, 3)), draw(st.integers(0, 12))
     span = booleans(draw, batch, tokens)
-    steps = torch.tensor(matrix(draw, st.sampled_from([0, 0, 0, 1, 2]), batch, tokens))
+    steps = torch.tensor(matrix(draw, [0, 0, 0, 1, 2], batch, tokens))
     hop = steps.view(batch, tokens).long().cumsum(1)
-    noise = torch.tensor(matrix(draw, st.integers(-1, 30), batch, tokens)).view(batch, tokens)
+    noise = torch.tensor(matrix(draw, range(-1, 31), batch, tokens)).view(batch, tokens)
     return span.bool(), torch.where(span, hop, noise.long())
 
 

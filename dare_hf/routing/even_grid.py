@@ -62,7 +62,7 @@ def _image_bounds(
     An image ends where a real token that is no vision token stands, so the number of those so far
     is a name for the run that never falls along the row.
     """
-    run = (real & ~vision).cumsum(1)
+    run = (real & ~vision).cumsum(1).contiguous()
     begin = torch.searchsorted(run, run)
     end = torch.searchsorted(run, run, right=True) - 1
     return before.gather(1, begin), count.gather(1, end)

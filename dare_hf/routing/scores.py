@@ -105,7 +105,8 @@ def attention_scores(
     raw = (mass * _wide(value).norm(dim=-1)).sum(1)
     raw = raw / (heads * query_valid.sum(1, keepdim=True).clamp(min=1))
     counted = span & seen.any(2).any(1)
-    raw = raw * span
+    # Not a product: an unused slot of a cache may hold NaN.
+    raw = raw.masked_fill(~span, 0.0)
     mean = (raw * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
     return raw / mean.clamp(min=torch.finfo(raw.dtype).tiny)
 

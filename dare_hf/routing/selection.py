@@ -168,7 +168,7 @@ def hop_prefix_mask(
 
     `already` counts, per row, what the hop of the first valid column had before this span.
     """
-    filled = torch.where(valid, hop.long(), -1).cummax(1).values
+    filled = torch.where(valid, hop.long(), -1).cummax(1).values.contiguous()
     count = valid.cumsum(1)
     start = torch.searchsorted(filled, filled)
     before = (count - valid.long()).gather(1, start)
