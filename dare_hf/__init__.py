@@ -1,3 +1,50 @@
 """Dynamic and asymmetric token routing for vision-language models of transformers."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dare_hf.apply import apply_dare, dare_disabled, last_report, remove_dare
+    from dare_hf.cache import DareCache
+    from dare_hf.config import DareConfig
+    from dare_hf.report import DareReport
+    from dare_hf.scorers import register_scorer
+
 __version__ = "0.1.0.dev0"
+
+# Where each public name lives: loaded on first use, so that importing the package is cheap.
+_HOMES = {
+    "DareCache": "cache",
+    "DareConfig": "config",
+    "DareReport": "report",
+    "apply_dare": "apply",
+    "dare_disabled": "apply",
+    "last_report": "apply",
+    "register_scorer": "scorers",
+    "remove_dare": "apply",
+}
+
+__all__ = [
+    "DareCache",
+    "DareConfig",
+    "DareReport",
+    "apply_dare",
+    "dare_disabled",
+    "last_report",
+    "register_scorer",
+    "remove_dare",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

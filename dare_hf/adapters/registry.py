@@ -1,0 +1,125 @@
+"""The registry of supported architectures and the search for a model's decoder layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dare_hf.adapters.spec import ModelSpec
+from dare_hf.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SUPPORT_PAGE = "docs/architecture.md#supported-models"
+
+SPECS: dict[str, ModelSpec] = {
+    spec.model_type: spec
+    for spec in (
+        ModelSpec("llava", note="any Llama-like text model behind the projector"),
+        ModelSpec("qwen2_5_vl", note="multimodal RoPE; images and videos"),
+        ModelSpec("gemma3", note="sliding-window layers, bidirectional image blocks"),
+        ModelSpec(
+            "chameleon",
+            layers="model.layers",
+            vocabulary_images=True,
+            note="images are ids of the vocabulary",
+        ),
+    )
+}
+
+ROUTABLE_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where the parts of one model instance are.
+
+    Attributes:
+        spec: The architecture's data.
+        layers: The decoder layers, in order.
+        text_model: The module that owns the layers and runs them.
+        text_config: The config of that module.
+        hooked: The modules whose forward opens a routing context, outermost first.
+    """
+
+    spec: ModelSpec
+    layers: tuple[nn.Module, ...]
+    text_model: nn.Module
+    text_config: Any
+    hooked: tuple[nn.Module, ...]
+
+
+def find_spec(model_type: str | None) -> ModelSpec:
+    """The spec of a `model_type`.
+
+    Raises:
+        UnsupportedModelError: Nothing is known about this architecture.
+    """
+    spec = SPECS.get(model_type or "")
+    if spec is None:
+        raise UnsupportedModelError(
+            f"expected a model whose config.model_type is one of {', '.join(sorted(SPECS))}; "
+            f"got {model_type!r}. DARE refuses models it was not tested on rather than prune them "
+            f"wrongly: see {SUPPORT_PAGE}"
+        )
+    return spec
+
+
+def locate(model: nn.Module) -> Anatomy:
+    """Find the decoder layers of `model` and check that each of them can be routed.
+
+    Raises:
+        UnsupportedModelError: The architecture is unknown, or a layer is of an unknown kind.
+    """
+    config = getattr(model, "config", None)
+    spec = find_spec(getattr(config, "model_type", None))
+    owner_path, _, name = spec.layers.rpartition(".")
+    try:
+        text_model = model.get_submodule(owner_path)
+        layers = tuple(getattr(text_model, name))
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"expected the decoder layers of a {spec.model_type} at '{spec.layers}'; "
+            f"{type(model).__name__} has none there. Pass the model that has generate "
+            f"(…ForConditionalGeneration): see {SUPPORT_PAGE}"
+        ) from error
+    text_config = text_model.config
+    _check_layers(layers, text_config)
+    hooked = (model, model.model) if text_model is not model else (model,)
+    return Anatomy(spec, layers, text_model, text_config, hooked)
+
+
+def _check_layers(layers: tuple[nn.Module, ...], text_config: Any) -> None:
+    kinds = set(getattr(text_config, "layer_types", None) or ())
+    unknown = sorted(kinds - ROUTABLE_LAYER_TYPES)
+    if unknown:
+        raise UnsupportedModelError(
+            f"expected layer types {sorted(ROUTABLE_LAYER_TYPES)}; the text model "
+            f"{text_config.model_type!r} also has {unknown}: see {SUPPORT_PAGE}"
+        )
+    for layer in layers:
+        if getattr(getattr(layer, "self_attn", None), "layer_idx", None) is None:
+            raise UnsupportedModelError(
+                f"expected decoder layers with self-attention that know their index; "
+                f"{type(layer).__name__} is none: see {SUPPORT_PAGE}"
+            )
+    if getattr(text_config, "num_kv_shared_layers", 0):
+        raise UnsupportedModelError(
+            f"expected layers that own their keys and values; {text_config.model_type!r} shares "
+            f"them between layers: see {SUPPORT_PAGE}"
+        )
+
+
+def describe(config: Any) -> str:
+    """One sentence: where the decoder layers of a model with this config are.
+
+    Raises:
+        UnsupportedModelError: The model cannot be routed; the text says why.
+    """
+    spec = find_spec(getattr(config, "model_type", None))
+    text_config = config.get_text_config()
+    return (
+        f"{spec.model_type}: supported; {text_config.num_hidden_layers} decoder layers at "
+        f"{spec.layers} ({spec.note})"
+    )

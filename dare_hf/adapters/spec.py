@@ -1,0 +1,30 @@
+"""An architecture as data: what the generic path has to know about one `model_type`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One supported `model_type`.
+
+    Attributes:
+        model_type: `config.model_type` of the top-level model.
+        layers: Dotted path from the top-level model to the `ModuleList` of decoder layers.
+        pre_attention_norm: Name of the norm the layer applies before its attention, None where
+            attention reads the residual stream itself (key_norm scoring needs it).
+        key_projection: Dotted path from a layer to the linear that makes keys.
+        token_kwargs: Further per-token keyword arguments of a layer, name -> dimension that
+            counts tokens (hidden states, masks and positions are known to the generic path).
+        vocabulary_images: Images are ids of the text vocabulary (`config.vocabulary_map`).
+        note: One sentence for the documentation.
+    """
+
+    model_type: str
+    layers: str = "model.language_model.layers"
+    pre_attention_norm: str | None = "input_layernorm"
+    key_projection: str = "self_attn.k_proj"
+    token_kwargs: tuple[tuple[str, int], ...] = ()
+    vocabulary_images: bool = False
+    note: str = ""

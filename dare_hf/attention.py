@@ -1,0 +1,145 @@
+"""Attention functions that let a scorer read queries, keys and values on their way.
+
+HF resolves attention by name. For each implementation a `dare_<name>` is registered that calls
+the original and, only while a forward asks for it, scores the keys by the last queries. The
+mask function of the same name is registered with it: without one, masks vanish silently.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dare_hf.cache.ring import QueryRing
+from dare_hf.routing.scores import attention_scores
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dare_hf.cache import DareLayer
+    from dare_hf.context import ForwardContext
+
+PREFIX = "dare_"
+WINDOW = 32
+
+
+def observed_name(implementation: str) -> str:
+    """Name of the observing twin of an attention implementation; registered on first use."""
+    name = PREFIX + implementation
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        AttentionInterface.register(name, _observing(implementation))
+        masks = ALL_MASK_ATTENTION_FUNCTIONS
+        if implementation in masks.valid_keys():
+            AttentionMaskInterface.register(name, masks[implementation])
+    return name
+
+
+def _observing(implementation: str) -> Any:
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        function = _original(module, implementation)
+        output = function(module, query, key, value, attention_mask, *args, **kwargs)
+        state = module.__dict__.get("_dare")
+        if state is not None:
+            state.observe(query, key, value, attention_mask, kwargs.get("scaling"))
+        return output
+
+    attend.__name__ = PREFIX + implementation
+    return attend
+
+
+def _original(module: nn.Module, implementation: str) -> Any:
+    if implementation == "eager":  # not in the interface: each modeling file has its own
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[implementation]
+
+
+def score_span(
+    context: ForwardContext,
+    layer: int,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    mask: Any,
+    scaling: float | None,
+) -> None:
+    """Write the attention score of the span's tokens into the context.
+
+    Args:
+        context: The forward; its plan for `layer` says which tokens run, its `columns` which
+            logical token each key is.
+        layer: The layer whose attention this is.
+        tensors: query [B, H, K, d], key [B, Hkv, C, d] (cached tokens first), value.
+        mask: What attention received.
+        scaling: Softmax scale, None for 1/sqrt(d).
+    """
+    query, key, value = tensors
+    plan, columns = context.plans[layer], context.columns
+    index, there = plan.queries(context, WINDOW)
+    taken = query.gather(2, index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+    visible = _visible(mask, index, columns.expand(query.shape[0], -1), query.shape[2])
+    span = torch.zeros(query.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+    span[:, key.shape[2] - query.shape[2] :] = plan.span_live(context)
+    scores = attention_scores(taken, key, value, visible, there, span, _scale(scaling, query))
+    new = scores[:, key.shape[2] - query.shape[2] :]
+    context.attention_score = plan.spread(new, context.attention_score, context)
+    context.attention_layer = layer
+
+
+def _visible(mask: Any, index: Tensor, columns: Tensor, running: int) -> Tensor:
+    """Bool[B, 1|H, W, C]: what the queries at `index` of the last `running` columns see."""
+    if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+        mask = mask.expand(index.shape[0], -1, -1, -1)
+        view = index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+        rows = mask.gather(2, view)
+        return rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
+    # None, a flash mask or a block mask: causal over what is stored, good enough for a score
+    own = columns.gather(1, index + columns.shape[1] - running)
+    seen = (columns[:, None, :] <= own[:, :, None]) & (columns >= 0)[:, None, :]
+    return seen[:, None]
+
+
+def _scale(scaling: float | None, query: Tensor) -> float:
+    return query.shape[-1] ** -0.5 if scaling is None else scaling
+
+
+def push_queries(slot: DareLayer, query: Tensor, columns: Tensor, scaling: float | None) -> None:
+    """Remember the layer's last queries for the scores of hops that close later.
+
+    Args:
+        slot: The layer's cache.
+        query: [B, H, K, d] of the running tokens.
+        columns: Long[B|1, K] their logical positions, -1 for fills and pads.
+        scaling: Softmax scale, None for 1/sqrt(d).
+    """
+    ring = slot.ring
+    if ring is None:
+        empty = query.new_zeros(query.shape[0], query.shape[1], 0, query.shape[3])
+        none = torch.zeros(query.shape[0], 0, dtype=torch.long, device=query.device)
+        ring = QueryRing(empty, none, _scale(scaling, query))
+    recent = columns[:, -WINDOW:].to(query.device).expand(query.shape[0], -1)
+    slot.ring = ring.pushed(query[:, :, -WINDOW:], recent, WINDOW)
+
+
+def observed_scores(slot: DareLayer, closed: Tensor) -> Tensor:
+    """Float32[B, C]: stored keys of closed hops scored by the layer's query ring.
+
+    Args:
+        slot: The layer's cache, with a ring.
+        closed: Bool[B, C] stored columns that belong to closed hops.
+    """
+    ring, where = slot.ring, slot.positions()
+    seen = (where[:, None, :] <= ring.positions[:, :, None]) & (where >= 0)[:, None, :]
+    return attention_scores(
+        ring.query, slot.keys, slot.values, seen[:, None], ring.positions >= 0, closed, ring.scaling
+    )

@@ -1,0 +1,285 @@
+"""The controller of one model: opens a context per forward, keeps what outlives it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from dare_hf.accounting import shapes_of
+from dare_hf.cache import DareCache
+from dare_hf.compaction import compact
+from dare_hf.context import ForwardContext, GenerationCall, TokenRules, close_context, open_context
+from dare_hf.errors import DareInputError, DareStateError
+from dare_hf.plan import Planner
+from dare_hf.recorder import Recorder
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from dare_hf.adapters import Anatomy
+    from dare_hf.config import DareConfig
+    from dare_hf.report import DareReport
+    from dare_hf.routing.retention import RetentionTable
+    from dare_hf.scorers import Scorer
+
+
+class _Local(threading.local):
+    """What one thread is doing with the model."""
+
+    def __init__(self) -> None:
+        self.contexts: list[tuple[Any, ForwardContext, Mapping[str, Any], float]] = []
+        self.calls: list[GenerationCall] = []
+        self.last: Recorder | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Local:
+        return _Local()
+
+
+class Controller:
+    """What DARE knows about one model; reached from each routed layer.
+
+    Attributes:
+        config: The configuration.
+        table: Rates by hop, layer and modality.
+        scorer: Who scores tokens.
+        rules: What the configuration says about single tokens.
+        anatomy: Where the model's layers are.
+        base_implementation: The attention implementation the model had.
+        disabled: How many `dare_disabled` blocks are open.
+    """
+
+    def __init__(  # noqa: PLR0913 - the parts apply_dare has resolved
+        self,
+        config: DareConfig,
+        table: RetentionTable,
+        scorer: Scorer,
+        rules: TokenRules,
+        anatomy: Anatomy,
+        base_implementation: str,
+        exempt: frozenset[int],
+    ) -> None:
+        self.config, self.table, self.scorer, self.rules = config, table, scorer, rules
+        self.anatomy, self.base_implementation, self.exempt = anatomy, base_implementation, exempt
+        self.planner = Planner(config, table)
+        self.shapes = shapes_of(anatomy.layers, anatomy.text_config)
+        self.notes: list[str] = []
+        rates = [rate for row in (*table.vision, *table.text) for rate in row]
+        self.never_prunes = min(rates) >= 1.0 and config.max_kv_tokens is None
+        self.token_kwargs = dict(anatomy.spec.token_kwargs)
+        self.disabled = 0
+        self._local = _Local()
+        self._recompute: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Controller:
+        import copy
+
+        twin = object.__new__(Controller)
+        memo[id(self)] = twin
+        for name, value in vars(self).items():
+            fresh = WeakTensorKeyDictionary() if name == "_recompute" else None
+            setattr(twin, name, fresh if fresh is not None else copy.deepcopy(value, memo))
+        return twin
+
+    # what the routed layers ask
+
+    @property
+    def context(self) -> ForwardContext | None:
+        """The forward this thread is in."""
+        return self._local.contexts[-1][1] if self._local.contexts else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the hidden states."""
+        return next(p.dtype for p in self.anatomy.layers[0].parameters() if p.is_floating_point())
+
+    @property
+    def stores_scores(self) -> bool:
+        """Whether scores must outlive the forward, for hops that close later."""
+        return self.config.resolved_hop_score == "stored" and not self.never_prunes
+
+    @property
+    def keeps_queries(self) -> bool:
+        """Whether layers keep their last queries, for hops that close later."""
+        call = self._local.calls[-1] if self._local.calls else None
+        later = self.rules.closes_hops or call is None or call.continues
+        later = later or self.config.max_kv_tokens is not None
+        return later and self.config.resolved_hop_score == "observed" and not self.never_prunes
+
+    def is_exempt(self, layer: int) -> bool:
+        """Whether a layer keeps everything whatever its rate."""
+        return layer in self.exempt
+
+    def captures(self, layer: int, context: ForwardContext) -> bool:
+        """Whether the attention of `layer` is needed to score the layer after it."""
+        after = layer + 1
+        if not self.scorer.needs_attention or context.span is None:
+            return False
+        if after >= len(self.anatomy.layers) or self.table.plan_layers[after] != after:
+            return False
+        return self.planner.prunes(context, after, context.plans.get(layer))
+
+    def find_context(self, kwargs: Mapping[str, Any]) -> ForwardContext | None:
+        """The open forward, or the closed one that gradient checkpointing repeats a layer of."""
+        if self._local.contexts:
+            return self._local.contexts[-1][1]
+        if self.disabled or not torch.is_grad_enabled() or not len(self._recompute):
+            return None
+        marker = _marker(kwargs)
+        return self._recompute.get(marker) if marker is not None else None
+
+    def remember_context(self, kwargs: Mapping[str, Any], context: ForwardContext) -> None:
+        """Note which forward these layer arguments belong to, for a later recomputation."""
+        if torch.is_grad_enabled() and (marker := _marker(kwargs)) is not None:
+            self._recompute[marker] = context
+
+    # forwards
+
+    def before_forward(self, module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Open the context of a forward of `module`; its keyword arguments may change.
+
+        Raises:
+            DareInputError: A foreign cache, or modality that cannot be told.
+        """
+        self._drop_stale(module)
+        if self.disabled or self._local.contexts:
+            return {k: v for k, v in kwargs.items() if k != "modality_mask"}
+        kwargs = dict(kwargs)
+        call = self._local.calls[-1] if self._local.calls else None
+        cache = self._cache_for(kwargs)
+        started = time.perf_counter()
+        context = open_context(kwargs, cache, self.rules, call)
+        recorder = self._recorder(cache, call)
+        if cache is not None:
+            recorder.note_compaction(compact(cache, self.config, self.table))
+            cache.begin()
+        context.recorder = recorder
+        self._local.contexts.append((module, context, kwargs, started))
+        return {k: v for k, v in kwargs.items() if k != "modality_mask"}
+
+    def _drop_stale(self, module: Any) -> None:
+        """Forget forwards that an interrupt (KeyboardInterrupt) left open."""
+        opened = [entry[0] is module for entry in self._local.contexts]
+        if any(opened):
+            self.drop_contexts(opened.index(True))
+
+    def drop_contexts(self, depth: int) -> None:
+        """Roll back and forget open forwards beyond the first `depth`."""
+        while len(self._local.contexts) > depth:
+            _, context, _, _ = self._local.contexts.pop()
+            if context.cache is not None:
+                context.cache.rollback()
+
+    def after_forward(self, module: Any, *, failed: bool) -> None:
+        """Close the context that `module` opened; a failed forward leaves the cache as it was."""
+        if not self._local.contexts or self._local.contexts[-1][0] is not module:
+            return
+        _, context, kwargs, started = self._local.contexts.pop()
+        cache = context.cache
+        if failed:
+            if cache is not None:
+                cache.rollback()
+            return
+        if cache is not None:
+            cache.commit()
+        close_context(context, kwargs, self.rules)
+        for plan in context.plans.values():
+            plan.gathered = None
+        recorder: Recorder = context.recorder
+        recorder.note_forward(context)
+        if cache is not None and context.span_end is not None:
+            if self.config.max_kv_tokens is not None:
+                recorder.note_compaction(compact(cache, self.config, self.table))
+        context.cache = context.recorder = None
+        if not self._local.calls:
+            recorder.builder.seconds(time.perf_counter() - started)
+
+    def _cache_for(self, kwargs: dict[str, Any]) -> DareCache | None:
+        """The DareCache of a forward; one is made where HF would make its own."""
+        cache = kwargs.get("past_key_values")
+        check_cache(cache)
+        if cache is not None:
+            return cache
+        wanted = kwargs.get("use_cache")
+        if kwargs.get("labels") is not None:
+            kwargs["use_cache"] = wanted = False
+        if wanted is None:
+            wanted = getattr(self.anatomy.text_config, "use_cache", True)
+        checkpointing = any(
+            getattr(layer, "gradient_checkpointing", False) and layer.training
+            for layer in self.anatomy.layers
+        )
+        if not wanted or checkpointing:
+            return None
+        kwargs["past_key_values"] = cache = DareCache()
+        return cache
+
+    def _recorder(self, cache: DareCache | None, call: GenerationCall | None) -> Recorder:
+        """Who counts: one per generate, and for bare forwards one per sequence."""
+        last = self._local.last
+        if call is not None:
+            if call.recorder is None:
+                call.recorder = Recorder(self, cache)
+            recorder = call.recorder
+            recorder.cache = cache
+        elif cache is not None and cache.get_seq_length() and last is not None and (
+            last.cache is cache
+        ):
+            recorder = last
+        else:
+            recorder = Recorder(self, cache)
+        self._local.last = recorder
+        return recorder
+
+    # generate
+
+    def enter_generate(self, call: GenerationCall) -> None:
+        """A generate call begins in this thread."""
+        self._local.calls.append(call)
+
+    def leave_generate(self, elapsed: float) -> None:
+        """It ends; the report is frozen."""
+        self.drop_contexts(0)
+        call = self._local.calls.pop()
+        if call.recorder is not None:
+            call.recorder.builder.seconds(elapsed)
+            call.recorder.freeze()
+
+    def last_report(self) -> DareReport:
+        """The report of this thread's last generate or forward.
+
+        Raises:
+            DareStateError: Nothing has run yet.
+        """
+        if self._local.last is None:
+            raise DareStateError(
+                "expected a model that has run generate or a forward since apply_dare; nothing "
+                "has run yet in this thread. Call model.generate(...) first"
+            )
+        return self._local.last.report()
+
+
+def check_cache(cache: Any) -> None:
+    """Refuse a cache that is no DareCache.
+
+    Raises:
+        DareInputError: It is another cache; lengths and masks would be wrong.
+    """
+    if cache is not None and not isinstance(cache, DareCache):
+        raise DareInputError(
+            f"past_key_values: expected a DareCache or nothing; got {type(cache).__name__}, whose "
+            "layers cannot hold different tokens. Pass DareCache(), or leave it out"
+        )
+
+
+def _marker(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """A tensor that HF passes to all layers of one forward and that checkpointing keeps."""
+    embeddings = kwargs.get("position_embeddings")
+    if isinstance(embeddings, (tuple, list)):
+        return embeddings[0]
+    return embeddings if embeddings is not None else kwargs.get("position_ids")

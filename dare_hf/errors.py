@@ -1,0 +1,25 @@
+"""Errors of the library: each says what was expected, what was given and what to do."""
+
+
+class DareError(Exception):
+    """Base of every error this library raises on purpose."""
+
+
+class DareConfigError(DareError, ValueError):
+    """A configuration value is out of range or does not fit the model."""
+
+
+class UnsupportedModelError(DareError, TypeError):
+    """The model's architecture cannot be routed; the text says why."""
+
+
+class DareStateError(DareError, RuntimeError):
+    """The call does not fit the model's present state (applied twice, not applied, no run yet)."""
+
+
+class DareInputError(DareError, ValueError):
+    """An input of a forward or of generate cannot be routed correctly."""
+
+
+class AdapterMismatchError(DareError, ValueError):
+    """A router adapter was made for another depth, width or architecture."""

@@ -1,0 +1,147 @@
+"""Which hop a token is in: delimiters, windows, and the per-row counters they move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dare_hf.errors import DareConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+def resolve_delimiters(delimiters: Sequence[Any], processor: Any) -> tuple[tuple[int, ...], ...]:
+    """Delimiters as id sequences; strings are encoded by the processor's tokenizer.
+
+    Raises:
+        DareConfigError: A string is given but no processor, or it encodes to nothing.
+    """
+    sequences: list[tuple[int, ...]] = []
+    for item in delimiters:
+        if isinstance(item, int):
+            sequences.append((item,))
+        elif isinstance(item, str):
+            sequences.append(_encode(item, processor))
+        else:
+            sequences.append(tuple(int(i) for i in item))
+    return tuple(sequences)
+
+
+def _encode(text: str, processor: Any) -> tuple[int, ...]:
+    if processor is None:
+        raise DareConfigError(
+            "hop_delimiters: expected token ids or id sequences when no processor is given; got "
+            f"the string {text!r}. Call apply_dare(model, config, processor=processor)"
+        )
+    tokenizer = getattr(processor, "tokenizer", processor)
+    ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+    if not ids:
+        raise DareConfigError(
+            f"hop_delimiters: expected text with at least one token; got {text!r}"
+        )
+    return ids
+
+
+@dataclass
+class HopState:
+    """Hop counters of the rows of one cache: where each closed hop ended.
+
+    A row's open hop is the number of hops it has closed. Hop 0 (the prompt) is closed by the
+    prefill, every later one by its delimiter, by `decode_window` sampled tokens, or by input
+    injected after it.
+
+    Attributes:
+        ends: Per row, the logical position of the last token of each closed hop, ascending.
+        compacted: Per row, the hop whose begin was last served by a compaction.
+        tail: Last sampled ids per row [B, n], for delimiters of several ids; None when unused.
+    """
+
+    ends: list[list[int]] = field(default_factory=list)
+    compacted: list[int] = field(default_factory=list)
+    tail: Tensor | None = None
+
+    def ensure(self, batch: int) -> None:
+        """Make room for `batch` rows, all in hop 0."""
+        if not self.ends:
+            self.ends = [[] for _ in range(batch)]
+            self.compacted = [0] * batch
+
+    def open_hops(self) -> list[int]:
+        """The hop each row is in."""
+        return [len(ends) for ends in self.ends]
+
+    def close(self, row: int, position: int) -> None:
+        """Close the open hop of `row` with the token at logical `position`."""
+        ends = self.ends[row]
+        if not ends or ends[-1] < position:
+            ends.append(position)
+
+    def reorder(self, indices: Tensor) -> None:
+        """Take the rows named by `indices` [B'], as beam search does."""
+        if not self.ends:
+            return
+        if any(ends != self.ends[0] for ends in self.ends) or len(set(self.compacted)) > 1:
+            order = indices.tolist()
+        else:
+            order = [0] * len(indices)
+        self.ends = [list(self.ends[i]) for i in order]
+        self.compacted = [self.compacted[i] for i in order]
+        if self.tail is not None:
+            self.tail = self.tail.index_select(0, indices.to(self.tail.device))
+
+    select = reorder
+
+    def repeat(self, repeats: int) -> None:
+        """Repeat every row `repeats` times in place, as HF expands a batch."""
+        self.ends = [list(ends) for ends in self.ends for _ in range(repeats)]
+        self.compacted = [hop for hop in self.compacted for _ in range(repeats)]
+        if self.tail is not None:
+            self.tail = self.tail.repeat_interleave(repeats, dim=0)
+
+    def crop(self, length: int) -> None:
+        """Forget everything at logical positions >= `length`; hops closed there are open again."""
+        removed = max((sum(e >= length for e in ends) for ends in self.ends), default=0)
+        if removed:
+            self.ends = [[e for e in ends if e < length] for ends in self.ends]
+            pairs = zip(self.compacted, self.ends, strict=True)
+            self.compacted = [min(hop, len(ends)) for hop, ends in pairs]
+
+    def crop_tail(self, count: int) -> None:
+        """Forget the last `count` sampled ids."""
+        if self.tail is not None:
+            self.tail = self.tail[:, : max(self.tail.shape[1] - count, 0)]
+
+    def remember(self, ids: Tensor, count: int) -> None:
+        """Keep the last `count` sampled ids, [B, S] `ids` being the newest."""
+        joined = ids if self.tail is None else torch.cat([self.tail, ids], dim=1)
+        self.tail = joined[:, max(joined.shape[1] - count, 0) :]
+
+    def reset(self) -> None:
+        """Back to an empty sequence."""
+        self.ends, self.compacted, self.tail = [], [], None
+
+
+def delimiter_ends(ids: Tensor, tail: Tensor | None, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """Bool[B, S]: where a delimiter sequence ends in `ids`, looking back into `tail`.
+
+    Args:
+        ids: [B, S] sampled ids of this forward.
+        tail: [B, n] the sampled ids before them, None when there are none.
+        sequences: Delimiters as id sequences.
+    """
+    joined = ids if tail is None else torch.cat([tail, ids], dim=1)
+    found = torch.zeros_like(joined, dtype=torch.bool)
+    for sequence in sequences:
+        length = len(sequence)
+        if joined.shape[1] < length:
+            continue
+        match = torch.ones_like(joined[:, length - 1 :], dtype=torch.bool)
+        for offset, token in enumerate(sequence):
+            match &= joined[:, offset : joined.shape[1] - length + 1 + offset] == token
+        found[:, length - 1 :] |= match
+    return found[:, joined.shape[1] - ids.shape[1] :]

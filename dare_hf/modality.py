@@ -1,0 +1,110 @@
+"""Which token is what: text, vision or padding."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dare_hf.errors import DareConfigError, DareInputError
+from dare_hf.routing.selection import isin_ids
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+_CONFIG_ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+_TYPE_ID_NAMES = ("mm_token_type_ids", "token_type_ids")
+
+
+def vision_token_ids(config: Any, extra: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """Ids that stand for image or video content, from the model's config or the user.
+
+    Args:
+        config: The top-level model config.
+        extra: `DareConfig.image_token_ids`; when given it replaces what the config says.
+    """
+    if extra is not None:
+        return tuple(sorted(set(extra)))
+    found = {getattr(config, name, None) for name in _CONFIG_ID_NAMES}
+    vocabulary = getattr(config, "vocabulary_map", None) or {}
+    found.update(i for name, i in vocabulary.items() if name.startswith("IMGIMG"))
+    found.add(vocabulary.get("<image>"))
+    return tuple(sorted(int(i) for i in found if i is not None))
+
+
+def special_token_ids(config: Any, generation_config: Any) -> tuple[int, ...]:
+    """Every special id a config names: begin and end of sequence, of image, padding, …"""
+    found: set[int] = set()
+    for source in (config, config.get_text_config(), generation_config):
+        for name, value in vars(source).items() if source is not None else ():
+            if name.endswith(("_token_id", "_token_index", "_token_ids")):
+                values = value if isinstance(value, (list, tuple)) else (value,)
+                found.update(v for v in values if isinstance(v, int) and v >= 0)
+    return tuple(sorted(found - set(vision_token_ids(config))))
+
+
+def check_ids(field: str, ids: tuple[int, ...] | None, config: Any, rows: int) -> None:
+    """Refuse token ids that the model's vocabulary does not have.
+
+    Args:
+        field: The DareConfig field, for the message.
+        ids: The ids to check.
+        config: The model config: placeholder ids it names itself may lie outside.
+        rows: Rows of the token embedding.
+
+    Raises:
+        DareConfigError: An id is not in the vocabulary.
+    """
+    known = set(vision_token_ids(config))
+    for token in ids or ():
+        if not 0 <= token < rows and token not in known:
+            raise DareConfigError(
+                f"{field}: expected token ids of the model's vocabulary, 0 to {rows - 1}; "
+                f"got {token}"
+            )
+
+
+def mask_to_modality(mask: Tensor, batch: int, length: int) -> Tensor:
+    """Check an explicit modality mask and bring it to the rows and columns of this forward.
+
+    Args:
+        mask: [B, S] or [B, N >= S] with 1 / True for vision; its last S columns count. Fewer
+            rows than the batch (beams, several returned sequences) are repeated.
+        batch: B, rows of this forward.
+        length: S, new columns of this forward.
+
+    Raises:
+        DareInputError: The shape fits neither.
+    """
+    if mask.ndim != 2 or mask.shape[1] < length or batch % mask.shape[0]:
+        raise DareInputError(
+            f"modality_mask: expected shape [batch, tokens] = [{batch}, {length}], 1 for vision "
+            f"and 0 for text; got {list(mask.shape)}"
+        )
+    return (mask[:, mask.shape[1] - length :] > 0).repeat_interleave(batch // mask.shape[0], dim=0)
+
+
+def resolve_span(
+    arguments: Mapping[str, Any], vision_ids: Sequence[int], length: int
+) -> Tensor:
+    """Bool[B, S]: the vision tokens of a span, by the first source that is there.
+
+    An explicit `modality_mask`, then the processor's type ids, then the token ids.
+
+    Raises:
+        DareInputError: Only embeddings are given, so nothing tells which token is vision.
+    """
+    ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    batch = (ids if ids is not None else embeds).shape[0]
+    if (mask := arguments.get("modality_mask")) is not None:
+        return mask_to_modality(mask, batch, length)
+    for name in _TYPE_ID_NAMES:
+        if (types := arguments.get(name)) is not None and types.shape[1] >= length:
+            return types[:, types.shape[1] - length :] > 0
+    if ids is None:
+        raise DareInputError(
+            "expected input_ids or a modality_mask [batch, tokens] (1 for vision, 0 for text) "
+            "beside inputs_embeds; got inputs_embeds alone, from which no modality can be told. "
+            "Pass modality_mask=… to the same call"
+        )
+    return isin_ids(ids, vision_ids)

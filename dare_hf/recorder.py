@@ -1,0 +1,151 @@
+"""Feeds the report from what forwards and compactions say, in host numbers."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+from dare_hf import accounting
+from dare_hf.attention import WINDOW
+from dare_hf.report import ReportBuilder
+from dare_hf.routing.kinds import TEXT, VISION
+
+if TYPE_CHECKING:
+    from dare_hf.cache import DareCache
+    from dare_hf.compaction import Compaction
+    from dare_hf.context import ForwardContext
+    from dare_hf.controller import Controller
+    from dare_hf.report import DareReport
+
+
+class Recorder:
+    """Counts one generate, or the bare forwards over one cache.
+
+    Args:
+        controller: The model's controller.
+        cache: The cache the run writes, None without one; held weakly.
+    """
+
+    def __init__(self, controller: Controller, cache: DareCache | None) -> None:
+        anatomy = controller.anatomy
+        self.shapes = controller.shapes
+        vocab = getattr(anatomy.text_config, "vocab_size", 0)
+        self.builder = ReportBuilder(
+            self.shapes,
+            hidden=anatomy.text_config.hidden_size,
+            vocab=vocab,
+            itemsize=controller.dtype.itemsize,
+        )
+        self.needs_attention = controller.scorer.needs_attention
+        self.cache = cache
+        self._real: list[int] = []
+        self._held: list[list[list[int]]] = []
+        self._totals: list[list[int]] = []
+        self._begun: list[int] = []
+        self._kept: list[list[int]] = []
+        self._frozen = False
+        for note in controller.notes:
+            self.builder.note(note)
+
+    @property
+    def cache(self) -> DareCache | None:
+        """The cache of the run, while it is alive."""
+        return self._cache() if self._cache is not None else None
+
+    @cache.setter
+    def cache(self, cache: DareCache | None) -> None:
+        self._cache = weakref.ref(cache) if cache is not None else None
+
+    def note_compaction(self, compaction: Compaction | None) -> None:
+        """Take over what a compaction left; the hop's own span may still be added to it."""
+        if compaction is None:
+            return
+        self._begun = compaction.hops
+        self._totals = [list(t) for t in compaction.totals]
+        if compaction.held:
+            self._held = compaction.held
+
+    def note_forward(self, context: ForwardContext) -> None:
+        """Count one forward, after its layers ran."""
+        layers = range(len(self.shapes))
+        plans = [context.plans[i] for i in layers]
+        queries = [plan.running(context) for plan in plans]
+        before = [context.cached_before.get(i) or [0] * context.batch for i in layers]
+        keys = [
+            [c + q for c, q in zip(b, run, strict=True)]
+            for b, run in zip(before, queries, strict=True)
+        ]
+        self._kept = keys
+        real = context.real_counts
+        if len(self._real) != context.batch or context.past == 0:
+            carried = [0] * context.batch
+            if context.past and context.cache is not None:
+                carried = [sum(map(sum, row)) for row in context.cache.log.counts_by_hop()]
+                carried = [n - r for n, r in zip(carried, real, strict=True)]
+            self._real = carried
+        self._real = [a + b for a, b in zip(self._real, real, strict=True)]
+        phase = "decode" if context.span is None else "prefill"
+        self.builder.forward(queries, keys, real, self._real, phase)
+        self.builder.head(context.head_rows, phase)
+        self._note_scoring(context, keys, phase)
+        self._note_span(context)
+
+    def _note_scoring(self, context: ForwardContext, keys: list[list[int]], phase: str) -> None:
+        hidden, flops = self.builder.hidden, 0
+        for index, plan in context.plans.items():
+            scored = plan.scores is not None and context.plans.get(index - 1) is not plan
+            if not scored:
+                continue
+            if self.needs_attention and index:
+                flops += sum(
+                    accounting.attention_scorer_flops(self.shapes[index - 1], WINDOW, n)
+                    for n in keys[index - 1]
+                )
+            else:
+                flops += accounting.router_flops(hidden, sum(context.real_counts))
+        self.builder.scorer(flops, phase)
+
+    def _note_span(self, context: ForwardContext) -> None:
+        """Add the span to what the layers hold; record each hop that begins."""
+        batch = context.batch
+        if context.past == 0 or len(self._totals) != batch:
+            self._totals = [[0, 0] for _ in range(batch)]
+            self._held = [[[0, 0] for _ in range(batch)] for _ in self.shapes]
+        if context.span is not None:
+            for row, counts in enumerate(context.counts):
+                for m in (TEXT, VISION):
+                    self._totals[row][m] += counts[m]
+                    for layer in range(len(self.shapes)):
+                        self._held[layer][row][m] += context.plans[layer].kept[row][m]
+            if context.past == 0 or not any(self._begun):
+                if context.span_end is not None:
+                    self._record([0] * batch)
+        if any(self._begun):
+            self._record(self._begun)
+            self._begun = []
+
+    def _record(self, hops: list[int]) -> None:
+        first = not any(hops)
+        for row, hop in enumerate(hops):
+            if not (hop or first):
+                continue
+            for layer in range(len(self.shapes)):
+                for m in (TEXT, VISION):
+                    held, total = self._held[layer][row][m], self._totals[row][m]
+                    self.builder.retention(hop, layer, m, held, total)
+
+    def freeze(self) -> None:
+        """Read the cache a last time; the report no longer depends on it."""
+        cache = self.cache
+        if cache is not None and len(self._real):
+            self.builder.kv(cache.kv_bytes(), self._kept, self._real)
+            self.builder.set_tokens(cache.log.counts_by_hop())
+            self._frozen = True
+
+    def report(self) -> DareReport:
+        """The report as it stands."""
+        if self.cache is not None:
+            self.freeze()
+        elif not self._frozen and self._real:
+            self.builder.kv(0, [[0] * len(self._real) for _ in self.shapes], [0] * len(self._real))
+        return self.builder.snapshot()

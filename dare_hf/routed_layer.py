@@ -1,0 +1,279 @@
+"""The routed layer: score -> select -> gather -> HF's own layer -> scatter."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dare_hf.attention import PREFIX, push_queries, score_span
+from dare_hf.masks import gather_mask
+from dare_hf.plan import Plan, keep_all
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+    from dare_hf.context import ForwardContext
+    from dare_hf.controller import Controller
+
+# Where a layer's keyword arguments count tokens; masks and caches are handled by name.
+_TOKEN_DIMENSION = {"position_ids": -1, "position_embeddings": -2}
+
+
+@dataclass
+class LayerState:
+    """What DARE keeps on one decoder layer and its attention.
+
+    Attributes:
+        controller: The model's controller.
+        index: The layer's index in the model.
+        inner: The forward that was there before, a bound method.
+        names: Its parameter names after hidden_states, for arguments passed by position.
+        causal: What a None mask means in this layer.
+        exempt: Keep everything here (a sliding layer under flash attention).
+    """
+
+    controller: Controller
+    index: int
+    inner: Callable[..., Any]
+    names: tuple[str, ...] = field(default=())
+    causal: bool = True
+    exempt: bool = False
+
+    def observe(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: Any) -> None:
+        """Called by the attention function of this layer (see `attention`)."""
+        context = self.controller.context
+        if context is None or context.capture_layer != self.index:
+            return
+        with torch.no_grad():
+            if self.controller.captures(self.index, context):
+                score_span(context, self.index, (query, key, value), mask, scaling)
+            if self.controller.keeps_queries and context.cache is not None:
+                running = context.columns[:, -query.shape[2] :]
+                push_queries(context.cache.layer(self.index), query, running, scaling)
+
+
+def parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of a layer forward's positional parameters after hidden_states."""
+    parameters = list(inspect.signature(forward).parameters.values())
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(p.name for p in parameters if p.kind in kinds and p.name != "self")[1:]
+
+
+def routed_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The forward DARE puts on a decoder layer; without an open context it is HF's own."""
+    state: LayerState = layer._dare
+    context = state.controller.find_context(kwargs)
+    if context is None:
+        return state.inner(hidden_states, *args, **kwargs)
+    kwargs.update(zip(state.names, args, strict=False))
+    plan = _plan_for(layer, state, context, hidden_states)
+    state.controller.remember_context(kwargs, context)
+    _stage(state, context, plan, kwargs)
+    controller = state.controller
+    reads = controller.keeps_queries or controller.captures(state.index, context)
+    context.capture_layer = state.index if reads else -1
+    if not _needs_gather(state, context, plan, kwargs):
+        output = state.inner(hidden_states, **kwargs)
+        context.capture_layer = -1
+        return _scatter(output, hidden_states, plan)
+    gathered = _gather_kwargs(state, context, plan, kwargs)
+    rows = _take_tokens(hidden_states, plan.index, 1) if plan.index is not None else hidden_states
+    output = state.inner(rows, **gathered)
+    context.capture_layer = -1
+    return _scatter(output, hidden_states, plan)
+
+
+def _plan_for(
+    layer: nn.Module, state: LayerState, context: ForwardContext, hidden: Tensor
+) -> Plan:
+    """The layer's plan: its own, the one it reuses, or the one a recomputation must repeat."""
+    index = state.index
+    if index in context.plans:
+        return context.plans[index]
+    controller = state.controller
+    source = controller.table.plan_layers[index]
+    before = context.plans.get(index - 1)
+    if state.exempt:
+        plan = keep_all(context)
+    elif source != index and source in context.plans and not controller.is_exempt(source):
+        plan = context.plans[source]
+    else:
+        plan = _select(layer, state, context, hidden, before)
+    context.plans[index] = plan
+    return plan
+
+
+def _select(
+    layer: nn.Module,
+    state: LayerState,
+    context: ForwardContext,
+    hidden: Tensor,
+    before: Plan | None,
+) -> Plan:
+    controller, index = state.controller, state.index
+    if not controller.planner.prunes(context, index, before):
+        plan = keep_all(context)
+        if controller.stores_scores:
+            plan.scores = controller.scorer.scores(context, layer, index, hidden)
+        return plan
+    with torch.no_grad():
+        scores = controller.scorer.scores(context, layer, index, hidden.detach())
+        return controller.planner.plan(context, index, scores, before)
+
+
+def _stage(
+    state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[str, Any]
+) -> None:
+    """Tell the cache layer which tokens the coming update brings."""
+    cache = context.cache
+    if cache is None or kwargs.get("past_key_values") is None:
+        return
+    slot = cache.layer(state.index)
+    context.cached_before[state.index] = list(slot.kept_host) or [0] * context.batch
+    columns = None
+    if not (plan.plain and context.valid is None):
+        columns = plan.take(context.positions(), fill=-1)
+        slot.plain = slot.plain and plan.plain
+    scores = None
+    if plan.scores is not None and state.controller.stores_scores:
+        scores = plan.take(plan.scores)
+    running = plan.running(context)
+    slot.stage(columns, context.past + context.length, running, scores)
+
+
+def _needs_gather(
+    state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[str, Any]
+) -> bool:
+    """Whether HF's logical arguments differ from what the layer will really see."""
+    if not plan.plain or context.capture_layer == state.index:
+        return True
+    if context.cache is None or kwargs.get("past_key_values") is None:
+        return False
+    slot = context.cache.layer(state.index)
+    dense = slot.plain and slot.width == context.past
+    if dense:
+        return False
+    return slot.holes or kwargs.get("attention_mask") is not None or context.length > 1
+
+
+def _gather_kwargs(
+    state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    result = dict(kwargs)
+    dims = {**_TOKEN_DIMENSION, **state.controller.token_kwargs}
+    for name, dim in dims.items():
+        if kwargs.get(name) is not None and plan.index is not None:
+            result[name] = _remembered(plan, name, kwargs[name], dim)
+    implementation = state.controller.base_implementation
+    if "flash" in implementation and "position_ids" in result:
+        # gaps in the ids of one row would be read as packed sequences (transformers 5.23,
+        # modeling_flash_attention_utils._is_packed_sequence); RoPE is already computed
+        result["position_ids"] = None
+    result["attention_mask"] = _mask(state, context, plan, kwargs)
+    return result
+
+
+def _remembered(plan: Plan, name: str, value: Any, dim: int) -> Any:
+    """Gather once per plan and argument; layers that reuse the plan share the result."""
+    key = (name, id(value))
+    if plan.gathered is not None and key in plan.gathered:
+        return plan.gathered[key][1]
+    if isinstance(value, (tuple, list)):
+        taken = tuple(_take_tokens(part, plan.index, dim) for part in value)
+    else:
+        taken = _take_tokens(value, plan.index, dim)
+    if plan.gathered is not None:
+        plan.gathered[key] = (value, taken)
+    return taken
+
+
+def _mask(
+    state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[str, Any]
+) -> Any:
+    """The mask over the running rows and the physical columns, None where HF's would be."""
+    mask, slot = kwargs.get("attention_mask"), None
+    if context.cache is not None and kwargs.get("past_key_values") is not None:
+        slot = context.cache.layer(state.index)
+    cached = slot.width if slot is not None else 0
+    holes = plan.live is not None or (slot is not None and slot.holes)
+    columns = _columns(context, plan, slot if cached else None)
+    if context.capture_layer == state.index:
+        context.columns = columns
+    if mask is None and not holes and (cached == 0 or plan.width == 1):
+        return None
+    shared = cached == 0 and plan.gathered is not None
+    key = ("attention_mask", id(mask), state.causal)
+    if shared and key in plan.gathered:
+        return plan.gathered[key][1]
+    gathered = gather_mask(
+        mask,
+        plan.rows(context),
+        columns,
+        past=context.past,
+        holes=holes,
+        rows_live=None if plan.plain else plan.live,
+        causal=state.causal,
+        implementation=state.controller.base_implementation,
+        dtype=state.controller.dtype,
+    )
+    if shared:
+        plan.gathered[key] = (mask, gathered)
+    return gathered
+
+
+def _columns(context: ForwardContext, plan: Plan, slot: Any) -> Tensor:
+    """Long[B|1, C]: logical position of every physical key of the coming attention."""
+    if plan.index is None and plan.live is None:
+        end = context.past + context.length
+        new = torch.arange(context.past, end, device=context.device)[None]
+    else:
+        new = plan.take(context.positions(), fill=-1)
+    if slot is None:
+        return new
+    stored = slot.positions()
+    batch = max(stored.shape[0], new.shape[0])
+    return torch.cat([stored.expand(batch, -1), new.to(stored.device).expand(batch, -1)], dim=1)
+
+
+def _take_tokens(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Gather tokens of a tensor whose token dimension is `dim` and batch dimension before it.
+
+    The batch dimension may be 1, or further dimensions may stand before it (mrope).
+    """
+    dim = dim % tensor.ndim
+    if index.shape[0] == 1 and tensor.shape[dim - 1] == 1:
+        return tensor.index_select(dim, index[0].to(tensor.device))
+    shape = list(tensor.shape)
+    shape[dim - 1] = index.shape[0]
+    tensor = tensor.expand(shape)
+    view = [1] * tensor.ndim
+    view[dim - 1], view[dim] = index.shape
+    shape[dim] = index.shape[1]
+    return tensor.gather(dim, index.to(tensor.device).view(view).expand(shape))
+
+
+def _scatter(output: Any, hidden: Tensor, plan: Plan) -> Any:
+    """Write the running tokens' output back; all others keep their input."""
+    if plan.plain:
+        return output
+    if isinstance(output, tuple):
+        return (_scatter(output[0], hidden, plan), *output[1:])
+    if plan.live is not None:
+        index = plan.index
+        source = hidden if index is None else _take_tokens(hidden, index, 1)
+        output = torch.where(plan.live[..., None], output, source)
+    if plan.index is None:
+        return output
+    if plan.index.shape[0] == 1:
+        return hidden.index_copy(1, plan.index[0], output)
+    return hidden.scatter(1, plan.index[..., None].expand_as(output), output)
+
+
+def base_name(implementation: str) -> str:
+    """The attention implementation behind an observing twin's name."""
+    return implementation.removeprefix(PREFIX)
