@@ -1,0 +1,1 @@
+"""Benchmarks: each is a `dare-hf bench` and prints one JSON line."""

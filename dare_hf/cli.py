@@ -1,0 +1,149 @@
+"""The command line `dare-hf`; what a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dare_hf.errors import DareError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+app = typer.Typer(
+    name="dare-hf",
+    help="Dynamic and asymmetric token routing for vision-language models of transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+REFUSED = 2  # exit code of everything that was refused with a reason
+
+
+class DemoModel(StrEnum):
+    """Embedded models."""
+
+    anole = "anole"
+    volcano = "volcano"
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except DareError as error:
+        typer.echo(f"dare-hf: {error}", err=True)
+        raise typer.Exit(REFUSED) from error
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar per side on stderr; yields what takes (side, done, total)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:5}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bars:
+        tasks: dict[str, object] = {}
+
+        def tell(side: str, done: int, total: int) -> None:
+            if side not in tasks:
+                tasks[side] = bars.add_task(side, total=total)
+            bars.update(tasks[side], completed=done)  # ty: ignore[invalid-argument-type]
+
+        yield tell
+
+
+@app.command()
+def demo(
+    model: Annotated[DemoModel, typer.Option(help="Embedded model.")] = DemoModel.anole,
+    n: Annotated[int, typer.Option(min=1, help="Held-out mazes to solve.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the mazes.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder of the picture.")] = Path("demo-output"),
+    hard: Annotated[bool, typer.Option(help="Larger mazes and longer paths than trained.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Mazes of a generate call.")] = 25,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON line on stdout, all else on stderr.")
+    ] = False,
+) -> None:
+    """Solve held-out mazes with and without DARE; print a table, write a picture.
+
+    The model reads the drawn maze and answers in steps, each a text and a drawn image. With DARE it
+    runs under the preset "safe", a drawn image ending a hop. Everything runs offline on the CPU.
+    """
+    with _one_line_errors():
+        from rich.console import Console
+
+        from dare_hf.demo import comparison, embedded, picture
+        from dare_hf.tasks import maze
+
+        console = Console(stderr=as_json)
+        network, processor = embedded.load_embedded(model.value)
+        split = "hard" if hard else "easy"
+        items = maze.sample(n, split, seed)
+        with _progress() as tell:
+            result = comparison.compare(
+                network, processor, items, batch_size=batch_size, progress=tell
+            )
+        title = f"{embedded.MODELS[model.value]}: {n} held-out mazes ({split} split, seed {seed})"
+        console.print(comparison.table(result, title))
+        out.mkdir(parents=True, exist_ok=True)
+        picture.draw(network, processor, items).savefig(out / picture.PICTURE, dpi=150)
+        console.print(f"picture: {out / picture.PICTURE}", soft_wrap=True, highlight=False)
+        if as_json:
+            sys.stdout.write(json.dumps(result.to_dict()) + "\n")
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a model; weights not needed.")],
+) -> None:
+    """Tell whether DARE supports a model and where its decoder layers are, or why not.
+
+    Reads the model's config only. The exit code is 0 if the model is supported, else 2.
+    """
+    with _one_line_errors():
+        from dare_hf.inspection import describe_model
+
+        try:
+            for line in describe_model(model):
+                typer.echo(line)
+        except UnsupportedModelError as error:
+            typer.echo(f"not supported: {error}")
+            raise typer.Exit(REFUSED) from error
+
+
+@app.command()
+def bench(
+    tokens: Annotated[int, typer.Option(min=20, help="Prompt tokens, 9 in 10 vision.")] = 640,
+    pairs: Annotated[int, typer.Option(min=1, help="Interleaved pairs per series.")] = 9,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and inputs.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Time prefill with DARE against the unpatched model, beside the ratio of their FLOPs.
+
+    A random Llama-type text model of 109.5M parameters behind LLaVA's interface, batch 1; retention
+    0.4 vision / 0.7 text in every layer, then 1.0, with a linear scorer. Prints a table and one
+    JSON line. Random weights: speed only, no quality.
+    """
+    with _one_line_errors():
+        from dare_hf.benchmark import prefill, random_llava
+
+        setting = random_llava.Setting(
+            tokens=tokens, pairs=pairs, threads=threads, seed=seed, device=device, dtype=dtype
+        )
+        result = prefill.run(setting, progress=lambda text: typer.echo(text, err=True))
+        typer.echo(prefill.text(result))
+        typer.echo(json.dumps(result))
+
+
+if __name__ == "__main__":
+    app()

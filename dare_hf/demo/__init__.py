@@ -1,0 +1,1 @@
+"""`dare-hf demo`: the embedded model solves held-out mazes with and without DARE."""

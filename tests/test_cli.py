@@ -1,0 +1,157 @@
+"""The command line: what it prints where, and that refusals are one line with exit code 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import LlamaConfig
+from typer.testing import CliRunner
+
+from dare_hf import cli
+from dare_hf.testing import tiny_model
+
+WORDS_OF_HELP = ("demo", "info", "bench")
+JSON_KEYS = [
+    "n",
+    "accuracy_full",
+    "accuracy_dare",
+    "flops_ratio",
+    "kv_ratio",
+    "seconds_full",
+    "seconds_dare",
+]
+
+
+def _run(*arguments: str) -> object:
+    return CliRunner().invoke(cli.app, arguments)
+
+
+def _comparison(n: int) -> object:
+    from dare_hf.demo.comparison import Comparison, Side
+    from dare_hf.tasks.mvot import Score
+
+    score = Score(n, 0.96, (0.9, 0.99), 0.0, 0.98, 3 * n)
+    return Comparison(Side(score, 10**10, 2_000_000, 2.0), Side(score, 4 * 10**9, 10**6, 1.0))
+
+
+@pytest.fixture
+def fake_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo without its model."""
+    from dare_hf.demo import comparison, embedded, picture
+    from dare_hf.visualize import plot_retention
+
+    def compare(model, processor, items, *, progress, **rest):
+        progress("full", len(items), len(items))
+        return _comparison(len(items))
+
+    figure = plot_retention([Image.new("RGB", (56, 56))], [np.ones((3, 1, 7, 7), dtype=bool)])
+    monkeypatch.setattr(embedded, "load_embedded", lambda name: (None, None))
+    monkeypatch.setattr(comparison, "compare", compare)
+    monkeypatch.setattr(picture, "draw", lambda *rest: figure)
+
+
+def test_help_names_every_command() -> None:
+    text = _run("--help").stdout
+    assert all(word in text for word in WORDS_OF_HELP)
+    for word in WORDS_OF_HELP:
+        assert _run(word, "--help").exit_code == 0
+
+
+def test_start_loads_neither_tasks_nor_pictures() -> None:
+    program = "import sys, dare_hf.cli; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
+    heavy = {"matplotlib", "dare_hf.demo.comparison", "dare_hf.tasks.mvot", "dare_hf.visualize"}
+    assert not heavy & set(loaded)
+
+
+@pytest.mark.usefixtures("fake_demo")
+def test_demo_json_is_one_line_alone_on_stdout(tmp_path: Path) -> None:
+    done = _run("demo", "--n", "4", "--json", "--out", str(tmp_path / "new"))
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    result = json.loads(done.stdout)
+    assert list(result) == JSON_KEYS
+    assert (result["n"], result["flops_ratio"], result["kv_ratio"]) == (4, 0.4, 0.5)
+    assert "accuracy" in done.stderr
+    assert list((tmp_path / "new").glob("*.png"))
+
+
+@pytest.mark.usefixtures("fake_demo")
+def test_demo_prints_a_table_with_ratios(tmp_path: Path) -> None:
+    done = _run("demo", "--n", "4", "--hard", "--out", str(tmp_path))
+    assert done.exit_code == 0, done.stderr
+    lines = done.stdout.splitlines()
+    ratios = {"accuracy ": "1.00", "GFLOPs": "0.40", "KV cache": "0.50", "seconds": "0.50"}
+    for name, ratio in ratios.items():
+        assert any(name in line and ratio in line for line in lines), done.stdout
+    assert "hard split" in done.stdout
+    assert "{" not in done.stdout
+
+
+def test_demo_refuses_a_model_that_is_not_there_yet() -> None:
+    done = _run("demo", "--model", "volcano")
+    assert done.exit_code == cli.REFUSED
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "'volcano'" in done.stderr
+    assert "planned" in done.stderr
+
+
+def test_demo_refuses_no_items() -> None:
+    assert _run("demo", "--n", "0").exit_code == cli.REFUSED
+
+
+def test_info_tells_where_the_layers_are(tmp_path: Path) -> None:
+    tiny_model("gemma3").config.save_pretrained(tmp_path)
+    done = _run("info", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    assert "supported" in done.stdout
+    assert "4 x Gemma3DecoderLayer at model.language_model.layers" in done.stdout
+    assert "sliding-window layers: 2, window 12" in done.stdout
+
+
+def test_info_tells_why_not(tmp_path: Path) -> None:
+    LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    done = _run("info", str(tmp_path))
+    assert done.exit_code == cli.REFUSED
+    assert done.stdout.startswith("not supported: ")
+    assert "'llama'" in done.stdout
+
+
+def test_info_of_nothing_is_one_line(tmp_path: Path) -> None:
+    done = _run("info", str(tmp_path / "nowhere"))
+    assert done.exit_code == cli.REFUSED
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "nowhere" in done.stderr
+
+
+@pytest.mark.parametrize("flag", [("--dtype", "int8"), ("--device", "tpu")])
+def test_bench_refuses_what_it_cannot_run(flag: tuple[str, str]) -> None:
+    done = _run("bench", *flag)
+    assert done.exit_code == cli.REFUSED
+    assert flag[1] in done.stderr
+
+
+def test_bench_counts_what_its_formula_says() -> None:
+    from dare_hf.benchmark import prefill
+    from dare_hf.benchmark.random_llava import Setting
+
+    small = Setting(tokens=60, pairs=2, layers=3, hidden=64, intermediate=96, vocab=300)
+    result = prefill.run(small)
+    assert json.loads(json.dumps(result)) == result
+    assert (result["vision_tokens"], result["text_tokens"]) == (54, 6)
+    # 0.4 of 54 and 0.7 of 6, rounded up: 22 + 5 of 60 tokens in every layer.
+    assert result["pruned"]["kv_ratio"] == pytest.approx(27 / 60)
+    linear, pairs, head = 3 * (4 * 64**2 + 3 * 64 * 96), 3 * 2 * 64, 64 * 300
+    flops = [2 * (n * linear + n * n * pairs + head) for n in (27, 60)]
+    scorer = 3 * 60 * 2 * 64 * 2
+    assert result["pruned"]["gflops_unpatched"] == flops[1] / 1e9
+    assert flops[0] <= result["pruned"]["gflops"] * 1e9 <= flops[0] + scorer
+    assert result["retention_1"]["flops_ratio"] == pytest.approx(1, abs=scorer / flops[1])
+    assert result["retention_1"]["kv_ratio"] == 1
+    assert "0.4, 0.7" in prefill.text(result)

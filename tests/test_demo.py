@@ -1,0 +1,76 @@
+"""The demo's own parts: when a hop begins, where images are, and what the plain side costs."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dare_hf.errors import DareConfigError, DareStateError
+from dare_hf.testing import tiny_inputs, tiny_model
+
+END_OF_IMAGE = 8
+
+
+class _FakeCache:
+    """Says how often it was asked as its length."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.layers = [SimpleNamespace(positions=lambda: torch.tensor([[0, 1, 2]]))]
+
+    def get_seq_length(self) -> int:
+        self.asked += 1
+        return self.asked
+
+
+def test_hops_are_noted_in_their_first_forward() -> None:
+    from dare_hf.demo.picture import _HopWatch
+
+    watch = _HopWatch(_FakeCache(), END_OF_IMAGE)
+    watch.put(torch.tensor([[1, END_OF_IMAGE, 3]]))  # a delimiter in the prompt does not count
+    begun = []
+    for token in (5, END_OF_IMAGE, 6, 7, 7, END_OF_IMAGE, 9, 9):
+        watch.put(torch.tensor([token]))
+        begun.append(len(watch.states))
+    # After the prompt, and when the token after each delimiter has been processed.
+    assert begun == [1, 1, 1, 2, 2, 2, 2, 3]
+
+
+def test_image_columns_are_whole_images() -> None:
+    from dare_hf.demo.picture import _image_columns
+
+    assert _image_columns([0, 5, 1, 1, 6, 5, 1], begin_id=5, length=2) == [range(2, 4)]
+    assert _image_columns([5, 1, 1, 5, 1, 1], begin_id=5, length=2) == [range(1, 3), range(4, 6)]
+
+
+def test_the_plain_sides_cost_is_what_transformers_runs() -> None:
+    from dare_hf.demo.comparison import _UnprunedCost
+    from dare_hf.tasks.mvot import BatchOutput
+
+    model = tiny_model("chameleon", attn_implementation="eager")
+    inputs = tiny_inputs(model, batch=2)
+    with FlopCounterMode(display=False) as counter:
+        output = model.generate(
+            **inputs, max_new_tokens=5, do_sample=False, return_dict_in_generate=True
+        )
+    cost = _UnprunedCost(model)
+    cost(BatchOutput((0, 1), inputs, output, inputs["input_ids"].shape[1]))
+    assert cost.flops == counter.get_total_flops()
+    layers = output.past_key_values.layers
+    stored = sum(t.numel() * t.itemsize for layer in layers for t in (layer.keys, layer.values))
+    assert cost.kv_bytes == stored
+
+
+def test_unknown_and_missing_models_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    from dare_hf.demo import embedded
+
+    with pytest.raises(DareConfigError, match=r"expected anole, got 'volcano' .*planned"):
+        embedded.load_embedded("volcano")
+    with pytest.raises(DareConfigError, match=r"got 'x'$"):
+        embedded.load_embedded("x")
+    monkeypatch.setattr(embedded, "ASSETS", tmp_path)
+    with pytest.raises(DareStateError, match="reinstall"):
+        embedded.load_embedded("anole")
