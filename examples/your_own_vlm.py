@@ -24,7 +24,7 @@ def load(arguments: list[str]) -> tuple:
     """Return model, inputs, and a function that turns new token ids into text."""
     if not arguments:
         with tempfile.TemporaryDirectory() as directory:
-            tiny_model("qwen2_5_vl").save_pretrained(directory)
+            tiny_model("qwen2_5_vl", layers=12).save_pretrained(directory)
             model = AutoModelForImageTextToText.from_pretrained(directory)
         return model, tiny_inputs(model, pixels=True), lambda ids: str(ids.tolist())
     directory, image, question = arguments
