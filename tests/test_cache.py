@@ -1,0 +1,536 @@
+"""What the cache promises, one law a test."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from dare_hf.cache import DareCache, DareLayer, TokenLog
+from dare_hf.cache.slab import limit, roomy
+from dare_hf.errors import DareInputError, DareStateError
+from dare_hf.hops import HopState
+
+# The same sums in another memory layout: a few units in the last place of logits around 10.
+LOGITS_TOLERANCE = 1e-5
+
+
+def random_kv(rows: int, count: int, heads: int = 2, dim: int = 4, **kwargs):
+    return torch.randn(rows, heads, count, dim, **kwargs), torch.randn(
+        rows, heads, count, dim, **kwargs
+    )
+
+
+def filled(columns: list[list[int]], seen: int, **kwargs) -> DareLayer:
+    """A layer that holds the given positions."""
+    layer = DareLayer()
+    index = torch.tensor(columns)
+    layer.stage(index, seen, (index >= 0).sum(1).tolist())
+    layer.update(*random_kv(*index.shape, **kwargs))
+    return layer
+
+
+def decode(layer: DareLayer, steps: int) -> None:
+    for _ in range(steps):
+        layer.stage(None, layer.seen + 1, [1] * layer.rows)
+        layer.update(*random_kv(layer.rows, 1))
+
+
+def assert_bounded(layer: DareLayer) -> None:
+    bound = layer.token_bytes() * (1.25 * max(layer.kept_host) * layer.rows + 64)
+    assert layer.allocated_bytes() <= bound
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        pad_token_id=0,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def inputs() -> dict[str, torch.Tensor]:
+    ids = torch.randint(1, 64, (2, 9)).repeat(1, 3)
+    ids[0, :4] = 0
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+class TestInHf:
+    """Without DARE it is a DynamicCache: HF's own code gets the same from both."""
+
+    @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+    def test_logits_of_prefill_chunks_and_steps(self, model, inputs, attention):
+        model.set_attn_implementation(attention)
+        ours, theirs = DareCache(config=model.config), DynamicCache(config=model.config)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        for start, end in [(0, 9), (9, 20), (20, 21), (21, 22)]:
+            kwargs = {"attention_mask": mask[:, :end], "input_ids": ids[:, start:end]}
+            expected = model(past_key_values=theirs, **kwargs).logits
+            got = model(past_key_values=ours, **kwargs).logits
+            torch.testing.assert_close(got, expected, rtol=0, atol=LOGITS_TOLERANCE)
+            assert ours.get_seq_length() == theirs.get_seq_length() == end
+
+    @pytest.mark.parametrize(
+        "how",
+        [
+            {},
+            {"num_beams": 3},
+            {"num_beams": 2, "num_return_sequences": 2},
+            {"do_sample": True, "num_return_sequences": 3},
+            {"prefill_chunk_size": 4},
+        ],
+        ids=str,
+    )
+    def test_generate(self, model, inputs, how):
+        tokens = []
+        for cache in (DynamicCache(config=model.config), DareCache()):
+            torch.manual_seed(1)
+            kwargs = {**inputs, **how, "max_new_tokens": 12}
+            tokens.append(model.generate(past_key_values=cache, **kwargs))
+        assert torch.equal(*tokens)
+
+    @pytest.mark.parametrize("how", ["prompt_lookup", "assistant"])
+    def test_speculative_decoding_crops(self, model, inputs, how):
+        ids = inputs["input_ids"][1:]
+        if how == "assistant":
+            extra = {"assistant_model": copy.deepcopy(model)}
+        else:
+            extra = {"prompt_lookup_num_tokens": 4}
+        expected = model.generate(ids, max_new_tokens=24)
+        cache = DareCache()
+        got = model.generate(ids, past_key_values=cache, max_new_tokens=24, **extra)
+        assert torch.equal(got, expected)
+        assert cache.get_seq_length() == ids.shape[1] + 23
+
+    def test_a_cache_is_carried_to_the_next_turn(self, model, inputs):
+        ids = inputs["input_ids"][1:]
+        cache = DareCache()
+        first = model.generate(ids, past_key_values=cache, max_new_tokens=5)
+        turn = torch.cat([first, ids[:, :4]], dim=1)
+        expected = model.generate(turn, max_new_tokens=5)
+        assert torch.equal(model.generate(turn, past_key_values=cache, max_new_tokens=5), expected)
+
+    def test_training_through_the_cache(self, model, inputs):
+        ids = inputs["input_ids"][1:]
+        weight = model.model.layers[0].self_attn.k_proj.weight
+        grads = []
+        with torch.enable_grad():
+            for cache in (DynamicCache(config=model.config), DareCache()):
+                model.zero_grad()
+                model(ids[:, :6], past_key_values=cache)
+                model(ids[:, 6:7], past_key_values=cache)
+                model(ids[:, 7:12], past_key_values=cache).logits.sum().backward()
+                grads.append(weight.grad.clone())
+        torch.testing.assert_close(*grads)
+
+    def test_inference_mode_and_no_grad_can_take_turns(self, model, inputs):
+        ids = inputs["input_ids"][1:]
+        expected = model(ids).logits[:, -1]
+        cache = DareCache()
+        modes = [torch.inference_mode, torch.no_grad, torch.inference_mode, torch.no_grad]
+        for i, mode in enumerate(modes):
+            with mode():
+                got = model(ids[:, i * 3 : i * 3 + 3], past_key_values=cache).logits
+        got = model(ids[:, 12:], past_key_values=cache).logits[:, -1]
+        torch.testing.assert_close(got, expected, rtol=0, atol=LOGITS_TOLERANCE)
+
+    def test_answers_before_anything_was_stored(self):
+        cache = DareCache()
+        assert cache.get_seq_length() == cache.get_query_offset() == 0
+        assert cache.get_mask_sizes(5, 0) == cache.get_mask_sizes(5, 3) == (5, 0)
+        assert (cache.get_max_length(), cache.batch_size, len(cache)) == (-1, -1, 0)
+        assert (cache.is_initialized, cache.is_compileable) == (False, False)
+        assert cache.is_sliding == []
+        assert cache.kept_lengths().shape == (0, 0)
+        assert cache.kv_bytes() == cache.allocated_bytes() == 0
+        cache.crop(0)
+        cache.crop(-3)
+        cache.activate_past_recording()
+
+    def test_a_sequence_that_was_pruned_is_not_continued_without_dare(self):
+        layer = filled([[0, 2]], seen=3)
+        with pytest.raises(DareStateError, match=r"2 of 3 tokens"):
+            layer.update(*random_kv(1, 1))
+        assert (layer.seen, layer.kept_host) == (3, [2])
+
+
+class TestLayers:
+    def test_come_in_any_order_and_with_gaps(self):
+        cache = DareCache()
+        for index in (4, 1):
+            cache.update(*random_kv(2, 3, heads=index), index)
+        assert len(cache) == 5
+        assert cache.kept_lengths().tolist() == [[0, 0], [3, 3], [0, 0], [0, 0], [3, 3]]
+        assert cache.get_seq_length() == 3, "layer 0 is unused: the first used one answers"
+        assert cache.get_seq_length(2) == 0
+        assert (cache.batch_size, cache.is_initialized) == (2, True)
+        cache.crop(-1)
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([True, False, True, False]))
+        cache.reorder_cache(torch.tensor([1, 0]))
+        assert cache.kept_lengths().sum().item() == 2 * 2 * 2
+
+    def test_config_gives_their_number(self, model):
+        cache = DareCache(model.config)
+        assert len(cache) == 3
+        assert not cache.is_initialized
+
+    def test_config_of_another_kind_is_refused(self):
+        with pytest.raises(DareInputError, match=r"model\.config.*got dict"):
+            DareCache(config={"layers": 3})
+
+    def test_may_differ_in_heads_dimensions_and_dtype(self):
+        cache = DareCache()
+        sizes = [(1, 4, torch.float16, 2), (3, 2, torch.bfloat16, 2), (2, 5, torch.float64, 8)]
+        for index, (heads, dim, dtype, _) in enumerate(sizes):
+            cache.update(*random_kv(2, 7, heads=heads, dim=dim, dtype=dtype), index)
+        expected = sum(2 * 7 * heads * dim * 2 * size for heads, dim, _, size in sizes)
+        assert cache.kv_bytes() == expected
+        assert [layer.keys.dtype for layer in cache.layers] == [dtype for _, _, dtype, _ in sizes]
+
+    def test_bookkeeping_follows_the_layers_device(self):
+        layer = DareLayer()
+        layer.stage(torch.tensor([[0, 2]]), 3, [2], torch.rand(1, 2))
+        keys, _ = layer.update(*random_kv(1, 2, device="meta"))
+        layer.stage(None, 4, [1])
+        layer.update(*random_kv(1, 1, device="meta"))
+        assert {t.device.type for t in (layer.positions(), layer.scores(), keys)} == {"meta"}
+
+
+class TestStaging:
+    def test_returns_old_columns_then_staged_ones_even_when_it_repacks(self):
+        layer = filled([list(range(100)), [-1] * 99 + [99]], seen=100)
+        columns = torch.tensor([[-1] * 90, list(range(100, 190))])
+        layer.stage(columns, 190, [0, 90])
+        before = layer.positions()
+        keys, _ = layer.update(*random_kv(2, 90))
+        assert keys.shape[2] == before.shape[1] + 90
+        assert layer.width == 100, "91 and 100 tokens need no 190 columns"
+        assert layer.kept_host == layer.kept_lengths().tolist() == [100, 91]
+        assert_bounded(layer)
+
+    @pytest.mark.parametrize(
+        ("columns", "seen", "kept", "message"),
+        [
+            ([[0, 1, 2]], 3, [3], "announced 3 new columns; the attention brought 2"),
+            (None, 5, [], "announced 5 new columns; the attention brought 2"),
+            ([[0, 1]], 2, [1, 1], "announced 2 rows"),
+        ],
+    )
+    def test_another_number_of_columns_is_refused(self, columns, seen, kept, message):
+        layer = DareLayer()
+        layer.stage(None if columns is None else torch.tensor(columns), seen, kept)
+        with pytest.raises(DareStateError, match=message):
+            layer.update(*random_kv(1, 2))
+        assert not layer.is_initialized
+        layer.update(*random_kv(1, 2))
+        assert layer.seen == 2, "what was announced is forgotten"
+
+    def test_another_number_of_rows_is_refused(self):
+        layer = filled([[0, 1]], seen=2)
+        with pytest.raises(DareStateError, match="holds 1 rows; got keys of 3 rows"):
+            layer.update(*random_kv(3, 1))
+
+    def test_a_skipped_span_lies_between_stored_tokens(self):
+        layer = DareLayer()
+        layer.advance(4)
+        assert (layer.seen, layer.width, layer.get_mask_sizes(1)) == (4, 0, (5, 0))
+        layer.stage(None, 6, [2], torch.ones(1, 2))
+        layer.update(*random_kv(1, 2))
+        layer.advance(9)
+        decode(layer, 2)
+        assert layer.positions().tolist() == [[4, 5, 9, 10]]
+        assert layer.scores().tolist() == [[1, 1, 0, 0]]
+        layer.crop(-3)
+        assert (layer.seen, layer.positions().tolist()) == (8, [[4, 5]])
+
+    def test_a_decode_step_touches_no_bookkeeping_tensor(self):
+        layer = filled([[1, 3, 4], [-1, 0, 2]], seen=5)
+        table = layer._table.pos
+        decode(layer, 1)
+        slab = layer._slabs
+        decode(layer, 5)
+        assert layer._table.pos is table
+        assert layer._slabs is slab, "room for the next steps was made once"
+        assert layer.kept_host == layer.kept_lengths().tolist() == [9, 8]
+
+    def test_scores_of_the_tail_can_be_noted_one_by_one(self):
+        layer = filled([[0, 2]], seen=3)
+        for step in range(150):
+            decode(layer, 1)
+            if step % 2:
+                layer.note_tail_scores(torch.full((1, 1), float(step)))
+        expected = [0.0, 0.0] + [float(s) if s % 2 else 0.0 for s in range(150)]
+        assert layer.scores().tolist() == [expected]
+        layer.crop(-20)
+        layer.reorder_cache(torch.tensor([0, 0]))
+        assert layer.scores().tolist() == [expected[:-20]] * 2
+
+
+class TestMemory:
+    def test_first_update_keeps_the_given_tensors(self):
+        layer = DareLayer()
+        keys, values = random_kv(2, 5)
+        got = layer.update(keys, values)
+        assert [t.data_ptr() for t in got] == [keys.data_ptr(), values.data_ptr()]
+
+    def test_given_tensors_are_never_written(self):
+        layer = DareLayer()
+        keys, values = random_kv(2, 5)
+        original = keys.clone()
+        layer.update(keys, values)
+        layer.crop(-2)
+        layer.update(*random_kv(2, 2))
+        assert torch.equal(keys, original)
+
+    def test_a_slice_of_a_larger_tensor_is_copied(self):
+        layer = DareLayer()
+        fused = torch.randn(2, 6, 300, 4)
+        layer.update(fused[:, :2], fused[:, 2:4])
+        assert layer.allocated_bytes() == 300 * 2 * layer.token_bytes()
+
+    def test_compaction_frees_memory(self):
+        layer = DareLayer()
+        layer.update(*random_kv(2, 1000))
+        keep = torch.zeros(2, 1000, dtype=torch.bool)
+        keep[0, ::100] = keep[1, 5] = True
+        expected = layer.keys[0, :, ::100].clone()
+        layer.keep_columns(keep, [10, 1])
+        storages = [t.untyped_storage().nbytes() for t in (layer.keys, layer.values)]
+        assert sum(storages) == layer.allocated_bytes() == 2 * 10 * layer.token_bytes()
+        assert torch.equal(layer.keys[0], expected)
+        assert layer.positions()[1].tolist() == [-1] * 9 + [5]
+        assert layer.seen == 1000
+        decode(layer, 3)
+        assert_bounded(layer)
+
+    def test_compaction_that_drops_nothing_copies_nothing(self):
+        layer = filled([[0, 2], [-1, 1]], seen=3)
+        slab = layer._slabs
+        layer.keep_columns(layer.positions() >= 0, [2, 1])
+        assert layer._slabs is slab
+
+    def test_crop_gives_memory_back(self):
+        layer = DareLayer()
+        layer.update(*random_kv(1, 1000))
+        layer.crop(-990)
+        assert_bounded(layer)
+        assert layer.kept_host == [10]
+
+    def test_short_crops_copy_nothing(self):
+        layer = filled([list(range(400))], seen=400)
+        decode(layer, 20)
+        slab = layer._slabs
+        for _ in range(10):
+            layer.stage(None, layer.seen + 5, [5])
+            layer.update(*random_kv(1, 5))
+            layer.crop(-4)
+        assert layer._slabs is slab
+
+    def test_rows_by_turns_stay_bounded(self):
+        layer = DareLayer()
+        layer.update(*random_kv(3, 1))
+        for step in range(1, 400):
+            column = torch.full((3, 1), -1)
+            column[step % 3] = step
+            layer.stage(column, step + 1, [int(r == step % 3) for r in range(3)])
+            layer.update(*random_kv(3, 1))
+            assert_bounded(layer)
+        assert layer.kept_host == layer.kept_lengths().tolist() == [134, 134, 134]
+        positions = layer.positions()
+        for row in range(3):
+            real = positions[row][positions[row] >= 0]
+            assert (real.diff() > 0).all(), "physical order is position order"
+
+    def test_dropping_the_longest_row_shrinks(self):
+        layer = filled([list(range(300)), [-1] * 299 + [7]], seen=300)
+        layer.batch_select_indices(torch.tensor([1]))
+        assert (layer.width, layer.kept_host) == (1, [1])
+        assert_bounded(layer)
+
+    @pytest.mark.parametrize("rows", [1, 2, 7, 33, 100])
+    def test_growth_stays_within_the_limit(self, rows):
+        for width in range(1, 2000):
+            assert width <= roomy(width, rows) <= limit(width, rows)
+            assert 4 * limit(width, rows) * rows <= 5 * width * rows + 256
+
+    def test_bookkeeping_is_counted_apart(self):
+        layer = filled([list(range(10))], seen=10)
+        assert layer.bookkeeping_bytes() == 10 * 8
+
+
+class TestCrop:
+    def test_positive_is_refused_as_hf_does(self):
+        for cache in (DareCache(), filled([[0]], seen=1)):
+            with pytest.raises(ValueError, match="positive"):
+                cache.crop(1)
+
+    def test_into_ragged_rows(self):
+        layer = filled([[0, 1, 4, 6], [-1, 2, 3, 5]], seen=7)
+        decode(layer, 2)
+        keys = layer.keys.clone()
+        layer.crop(-4)
+        assert layer.seen == 5
+        assert layer.positions().tolist() == [[0, 1, 4], [-1, 2, 3]]
+        assert layer.kept_host == layer.kept_lengths().tolist() == [3, 2]
+        assert torch.equal(layer.keys[0], keys[0, :, :3])
+        assert torch.equal(layer.keys[1, :, 1:], keys[1, :, 1:3])
+
+    def test_of_tokens_that_were_not_stored(self):
+        layer = filled([[0, 1]], seen=9)
+        layer.crop(-5)
+        assert (layer.seen, layer.positions().tolist()) == (4, [[0, 1]])
+
+    def test_of_more_than_there_is(self):
+        cache = DareCache()
+        cache.update(*random_kv(2, 3), 0)
+        cache.crop(-10)
+        assert (cache.get_seq_length(), cache.kv_bytes()) == (0, 0)
+        cache.update(*random_kv(2, 2), 0)
+        assert cache.get_seq_length() == 2
+
+    def test_log_and_hops_go_back(self):
+        cache = DareCache()
+        cache.hop_state = HopState(ends=[[3, 6], [3]], compacted=[2, 1])
+        cache.log.append(torch.zeros(2, 8), torch.tensor([[0] * 4 + [1] * 4] * 2))
+        cache.update(*random_kv(2, 8), 0)
+        assert cache.hops.tolist() == [2, 1]
+        cache.crop(-2)
+        assert cache.hops.tolist() == [1, 1]
+        assert len(cache.log) == 6
+
+
+class TestRollback:
+    def forward(self, cache: DareCache, layers: int, count: int = 3) -> None:
+        seen = cache.get_seq_length()
+        cache.log.append(torch.zeros(2, count), torch.zeros(2, count))
+        for index in range(layers):
+            cache.layer(index).stage(None, seen + count, [count] * 2)
+            cache.update(*random_kv(2, count), index)
+
+    def state(self, cache: DareCache) -> object:
+        layers = [(la.positions().tolist(), la.keys.tolist(), la.seen) for la in cache.layers]
+        return layers, cache.log.modality.tolist(), cache.hops.tolist()
+
+    def test_leaves_everything_as_before(self):
+        cache = DareCache()
+        cache.hop_state = HopState(ends=[[2], []], compacted=[0, 0])
+        self.forward(cache, layers=2)
+        before = self.state(cache)
+        cache.begin()
+        self.forward(cache, layers=1, count=200)
+        cache.hop_state.close(1, 4)
+        cache.layer(5).stage(None, 4, [1, 1])
+        cache.rollback()
+        assert self.state(cache) == before
+        assert_bounded(cache.layers[0])
+        assert len(cache) == 2
+        self.forward(cache, layers=2)
+        assert cache.kept_lengths().tolist() == [[6, 6], [6, 6]]
+
+    def test_of_the_first_forward_leaves_an_empty_cache(self):
+        cache = DareCache()
+        cache.begin()
+        self.forward(cache, layers=2)
+        cache.rollback()
+        assert (len(cache), len(cache.log), cache.is_initialized) == (0, 0, False)
+
+    def test_after_commit_does_nothing(self):
+        cache = DareCache()
+        cache.begin()
+        self.forward(cache, layers=2)
+        cache.commit()
+        cache.rollback()
+        assert cache.get_seq_length() == 3
+
+    def test_growing_lets_the_old_slab_go(self):
+        cache = DareCache()
+        self.forward(cache, layers=1)
+        cache.begin()
+        self.forward(cache, layers=1, count=100)
+        assert cache.layers[0]._saved.slabs is cache.layers[0]._slabs
+
+
+class TestCopies:
+    def test_deepcopy_is_independent(self):
+        cache = DareCache()
+        cache.report = {"flops": 1}
+        cache.hop_state = HopState(ends=[[1]], compacted=[0])
+        cache.log.append(torch.zeros(1, 3), torch.zeros(1, 3))
+        layer = cache.layer(0)
+        layer.stage(torch.tensor([[0, 2]]), 3, [2], torch.rand(1, 2))
+        cache.update(*random_kv(1, 2), 0)
+        decode(layer, 2)
+        twin = copy.deepcopy(cache)
+        keys, scores = layer.keys.clone(), layer.scores()
+        decode(twin.layer(0), 3)
+        twin.layer(0).keys.zero_()
+        twin.hop_state.close(0, 4)
+        twin.crop(-4)
+        assert torch.equal(layer.keys, keys)
+        assert torch.equal(layer.scores(), scores)
+        assert (cache.hops.tolist(), len(cache.log), layer.seen) == ([1], 3, 5)
+        assert twin.report == cache.report
+
+    def test_reset_forgets_all_but_the_report(self):
+        cache = DareCache()
+        cache.report = "kept"
+        cache.hop_state = HopState(ends=[[1]], compacted=[0])
+        cache.log.append(torch.zeros(1, 3), torch.zeros(1, 3))
+        cache.update(*random_kv(1, 3), 0)
+        cache.reset()
+        assert (cache.get_seq_length(), cache.allocated_bytes(), len(cache.log)) == (0, 0, 0)
+        assert (cache.is_initialized, cache.hop_state.ends, cache.report) == (False, [], "kept")
+        cache.update(*random_kv(4, 2), 0)
+        assert cache.batch_size == 4
+
+
+class TestTokenLog:
+    def test_counts_by_hop_leave_pads_out(self):
+        log = TokenLog()
+        log.append(torch.tensor([[-1, 0, 1, 1], [1, 1, 0, 0]]), torch.tensor([[0] * 4] * 2))
+        log.append(torch.tensor([[0, -1], [0, 0]]), torch.tensor([[1, 9], [1, 2]]))
+        assert log.counts_by_hop() == [
+            [[1, 2], [1, 0], [0, 0]],
+            [[2, 2], [1, 0], [1, 0]],
+        ]
+        assert TokenLog().counts_by_hop() == []
+
+    def test_lookup_by_position(self):
+        log = TokenLog()
+        log.append(torch.tensor([[0, 1, 1], [-1, 0, 1]]), torch.tensor([[0, 0, 3], [0, 0, 1]]))
+        modality, hop = log.lookup(torch.tensor([[-1, 2], [1, 2]]))
+        assert modality.tolist() == [[-1, 1], [0, 1]]
+        assert hop.tolist() == [[-1, 3], [0, 1]]
+
+    def test_many_steps_are_joined(self):
+        log = TokenLog()
+        for step in range(1000):
+            log.append(torch.full((1, 1), step % 2), torch.full((1, 1), step // 100))
+        assert len(log._modality) < 70
+        assert log.hop.tolist() == [[step // 100 for step in range(1000)]]
+        log.crop(150)
+        assert log.counts_by_hop() == [[[50, 50], [25, 25]]]
+
+    def test_another_number_of_rows_is_refused(self):
+        log = TokenLog()
+        log.append(torch.zeros(2, 1), torch.zeros(2, 1))
+        with pytest.raises(DareStateError, match="2 rows; got tokens of 3 rows"):
+            log.append(torch.zeros(3, 1), torch.zeros(3, 1))
