@@ -205,13 +205,28 @@ class TestLayers:
         assert cache.kv_bytes() == expected
         assert [layer.keys.dtype for layer in cache.layers] == [dtype for _, _, dtype, _ in sizes]
 
-    def test_bookkeeping_follows_the_layers_device(self):
+    def test_work_without_reading_the_device(self):
+        """Meta tensors have no data: whatever waits for the device to answer fails on them."""
         layer = DareLayer()
-        layer.stage(torch.tensor([[0, 2]]), 3, [2], torch.rand(1, 2))
-        keys, _ = layer.update(*random_kv(1, 2, device="meta"))
-        layer.stage(None, 4, [1])
-        layer.update(*random_kv(1, 1, device="meta"))
-        assert {t.device.type for t in (layer.positions(), layer.scores(), keys)} == {"meta"}
+        layer.stage(torch.tensor([[-1, 0, 2], [1, 2, 3]]), 5, [2, 3], torch.rand(2, 3))
+        layer.update(*random_kv(2, 3, device="meta"))
+        for _ in range(70):
+            layer.begin()
+            layer.stage(None, layer.seen + 1, [1, 1], torch.rand(2, 1))
+            keys, _ = layer.update(*random_kv(2, 1, device="meta"))
+            layer.commit()
+        assert layer.kept_host == [72, 73]
+        layer.advance(layer.seen + 2)
+        layer.batch_repeat_interleave(2)
+        layer.keep_columns(layer.valid(), [20, 20, 20, 20])
+        layer.reorder_cache(torch.tensor([1, 1, 0, 3], device="meta"))
+        layer.set_scores(layer.scores())
+        layer.stage(None, layer.seen + 4, [4] * 4)
+        layer.update(*random_kv(4, 4, device="meta"))
+        layer.crop(-3)
+        assert (layer.kept_host, layer.width, layer.seen) == ([21] * 4, 21, 78)
+        tensors = (layer.positions(), layer.scores(), layer.kept_lengths(), layer.keys, keys)
+        assert {t.device.type for t in tensors} == {"meta"}
 
 
 class TestStaging:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,7 +69,9 @@ class ColumnTable:
 
     def snapshot(self) -> ColumnTable:
         """A copy that later changes of this table do not reach."""
-        saved = copy.copy(self)
+        # copy.copy goes through pickling's protocol, which shows in a decode step of many layers.
+        saved = ColumnTable.__new__(ColumnTable)
+        saved.__dict__.update(self.__dict__)
         saved._tail_scores = list(self._tail_scores)
         return saved
 
