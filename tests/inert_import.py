@@ -69,8 +69,8 @@ def _is_lazy_import(path: str, value: object) -> bool:
 
 
 def _modules_of_import() -> list[str]:
-    """Names of the modules that `import dare_hf` loads in a fresh interpreter."""
-    program = "import sys, dare_hf; print(*sys.modules, sep='\\n')"
+    """Names of the modules that all public names load in a fresh interpreter."""
+    program = "import sys; from dare_hf import *; print(*sys.modules, sep='\\n')"
     done = subprocess.run(
         [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True
     )
@@ -93,6 +93,8 @@ def main() -> int:
     before = _snapshot(foreign)
     import dare_hf
 
+    for name in dare_hf.__all__:  # some are loaded on first use
+        getattr(dare_hf, name)
     for path, value in _snapshot(foreign).items():
         if any(registration in path for registration in REGISTRATIONS):
             continue
