@@ -29,7 +29,7 @@ class Plan:
     warmup: int = 1_500
     decay: float = 0.3
     weight_decay: float = 0.05
-    answer_weight: float = 5.0
+    answer_weight: float = 15.0
     changed_weight: float = 4.0
     seed: int = 0
     layers: int = 12
@@ -96,7 +96,7 @@ class Sampler:
 
 def longest_at(progress: float) -> int:
     """Curriculum: the most actions of a batch at this share of the run."""
-    return 2 if progress < 0.12 else 3 if progress < 0.3 else 6
+    return 2 if progress < 0.12 else 3 if progress < 0.5 else 6
 
 
 def learning_rate(plan: Plan, seen: int) -> float:
@@ -130,6 +130,17 @@ def loss_and_marks(
     return loss, marks
 
 
+def make_optimizers(
+    model: ChameleonForConditionalGeneration, plan: Plan
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for embeddings and norms; one learning rate."""
+    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2 and min(p.shape) > 32]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+    muon = torch.optim.Muon(matrices, plan.lr, plan.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(rest, plan.lr, (0.9, 0.98), weight_decay=0.0)]
+
+
 def save(path: Path, state: dict) -> None:
     """Replaces the checkpoint in one move, so that a kill leaves a whole one."""
     torch.save(state, path.with_suffix(".tmp"))
@@ -152,12 +163,13 @@ def train_lm(plan: Plan, vq: dict, codes: np.ndarray, out: Path, bf16: bool, log
     model.model.vqmodel.load_state_dict(vq)
     model.model.vqmodel.requires_grad_(False)
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, plan.lr, (0.9, 0.98), weight_decay=plan.weight_decay)
+    optimizers = make_optimizers(model, plan)
     step, path = 0, out / "lm.pt"
     if path.exists():
         state = torch.load(path)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved_state in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved_state)
         step = state["step"]
     if os.environ.get("ANOLE_COMPILE"):
         for layer in model.model.layers:
@@ -167,14 +179,15 @@ def train_lm(plan: Plan, vq: dict, codes: np.ndarray, out: Path, bf16: bool, log
     started, tokens = time.time(), 0
     while step * plan.batch < plan.samples:
         seen = step * plan.batch
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = learning_rate(plan, seen)
         ids, weight, prompt = sampler.batch(step, longest_at(seen / plan.samples))
         loss, mark = loss_and_marks(model, ids, weight, prompt, bf16)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         step += 1
         tokens += ids.numel()
         marks.append({"loss": loss.item(), **mark})
@@ -186,6 +199,7 @@ def train_lm(plan: Plan, vq: dict, codes: np.ndarray, out: Path, bf16: bool, log
             marks, started, tokens = [], time.time(), 0
         if done or time.time() - saved > 180:
             raw = {k.replace("._orig_mod", ""): v for k, v in model.state_dict().items()}
-            state = {"model": raw, "optimizer": optimizer.state_dict(), "step": step}
-            save(path, state | {"plan": asdict(plan)})
+            state = {"model": raw, "step": step, "plan": asdict(plan)}
+            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+            save(path, state)
             saved = time.time()
