@@ -212,7 +212,7 @@ def test_beams_carry_their_own_cache_rows(name, rows):
     """A beam's score is what its tokens score when each sequence is written without beams."""
     model = shared_model(name)
     inputs = inputs_of(model, BATCHES[rows])
-    three = {"num_return_sequences": 3}
+    three = {"num_return_sequences": 3, "output_scores": True}
     with dare(model, **PRUNED):
         beams = generate(model, inputs, num_beams=3, **three)
         forced = Forced(beams.sequences)

@@ -118,7 +118,7 @@ def hold_to_oracle(name, attention, dtype, images, fields, tolerance):
 
 
 @pytest.mark.parametrize("rows", BATCHES)
-@pytest.mark.parametrize(("name", "routing"), cases("sdpa"))
+@pytest.mark.parametrize(("name", "routing"), list(cases("sdpa")))
 def test_compact_is_the_oracle_in_double_precision(name, routing, rows):
     hold_to_oracle(
         name, "sdpa", torch.float64, BATCHES[rows], ROUTINGS[routing], tolerance=FP64_TOLERANCE
@@ -126,7 +126,7 @@ def test_compact_is_the_oracle_in_double_precision(name, routing, rows):
 
 
 @pytest.mark.parametrize("rows", BATCHES)
-@pytest.mark.parametrize(("name", "routing"), cases("eager"))
+@pytest.mark.parametrize(("name", "routing"), list(cases("eager")))
 def test_compact_is_the_oracle_under_eager(name, routing, rows):
     # Eager in float64 gives NaN in the pad rows of unpatched HF models.
     hold_to_oracle(

@@ -41,9 +41,9 @@ def test_gradient_checkpointing_is_exact(name, fields):
     plain = gradients(model, inputs)
     with dare(model, **fields):
         straight = gradients(model, inputs)
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         checkpointed = gradients(model, inputs)
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
     assert_close(checkpointed[0], straight[0], tolerance=0.0, what="logits")
     for ours, theirs in zip(checkpointed[1], straight[1], strict=True):
         assert_close(ours, theirs, tolerance=FP32_TOLERANCE, what="gradient")
