@@ -85,6 +85,24 @@ def compact(cache: DareCache, config: DareConfig, table: RetentionTable) -> Comp
     return Compaction(due, held, work.totals())
 
 
+def stored_counts(cache: DareCache, hops: list[int]) -> tuple[HeldCounts, list[list[int]]]:
+    """What layers hold, and the sequence has, of each row's hops up to `hops`.
+
+    Returns:
+        [layer][row][text | vision] stored tokens, and [row][text | vision] of all real ones.
+    """
+    last = torch.tensor(hops)[:, None]
+    held = []
+    for slot in cache.layers:
+        modality, hop = cache.log.lookup(slot.positions())
+        inside = hop <= last.to(hop.device)
+        parts = [inside & (modality == m) for m in (TEXT, VISION)]
+        held.append(torch.stack([part.sum(1) for part in parts], dim=1).tolist())
+    rows = zip(cache.log.counts_by_hop(), hops, strict=True)
+    totals = [[sum(h[m] for h in row[: end + 1]) for m in (TEXT, VISION)] for row, end in rows]
+    return held, totals
+
+
 class _Work:
     """One compaction over all layers."""
 

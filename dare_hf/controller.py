@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,8 +68,14 @@ class Controller:
         self.config, self.table, self.scorer, self.rules = config, table, scorer, rules
         self.anatomy, self.base_implementation, self.exempt = anatomy, base_implementation, exempt
         self.planner = Planner(config, table)
-        self.shapes = shapes_of(anatomy.layers, anatomy.text_config)
+        shapes = shapes_of(anatomy.layers, anatomy.text_config)
+        self.shapes = [replace(shape, window=None) for shape in shapes]
         self.notes: list[str] = []
+        if any(shape.window for shape in shapes):
+            self.notes.append(
+                "sliding-window layers are counted with all tokens on both sides: this cache "
+                "stores them so; transformers' own cache would hold the window only"
+            )
         rates = [rate for row in (*table.vision, *table.text) for rate in row]
         self.never_prunes = min(rates) >= 1.0 and config.max_kv_tokens is None
         self.token_kwargs = dict(anatomy.spec.token_kwargs)
@@ -234,6 +241,8 @@ class Controller:
         else:
             recorder = Recorder(self, cache)
         self._local.last = recorder
+        if cache is not None:
+            cache.recorder = recorder
         return recorder
 
     # generate

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from dare_hf import accounting
 from dare_hf.attention import WINDOW
+from dare_hf.compaction import stored_counts
 from dare_hf.report import ReportBuilder
 from dare_hf.routing.kinds import TEXT, VISION
 
@@ -75,7 +76,8 @@ class Recorder:
             [c + q for c, q in zip(b, run, strict=True)]
             for b, run in zip(before, queries, strict=True)
         ]
-        self._kept = keys
+        if context.cache is not None:
+            self._kept = [context.cache.layer(i).kept_host for i in layers]
         real = context.real_counts
         if len(self._real) != context.batch or context.past == 0:
             carried = [0] * context.batch
@@ -108,18 +110,20 @@ class Recorder:
     def _note_span(self, context: ForwardContext) -> None:
         """Add the span to what the layers hold; record each hop that begins."""
         batch = context.batch
-        if context.past == 0 or len(self._totals) != batch:
+        if context.past == 0:
             self._totals = [[0, 0] for _ in range(batch)]
             self._held = [[[0, 0] for _ in range(batch)] for _ in self.shapes]
-        if context.span is not None:
+        if len(self._held) != len(self.shapes) or len(self._totals) != batch:
+            # a carried cache that nobody has counted in this run; its own span is in it already
+            self._held, self._totals = stored_counts(context.cache, context.span_hop)
+        elif context.span is not None:
             for row, counts in enumerate(context.counts):
                 for m in (TEXT, VISION):
                     self._totals[row][m] += counts[m]
                     for layer in range(len(self.shapes)):
                         self._held[layer][row][m] += context.plans[layer].kept[row][m]
-            if context.past == 0 or not any(self._begun):
-                if context.span_end is not None:
-                    self._record([0] * batch)
+        if context.span_end is not None and not any(context.span_hop):
+            self._record([0] * batch)
         if any(self._begun):
             self._record(self._begun)
             self._begun = []
@@ -134,18 +138,19 @@ class Recorder:
                     held, total = self._held[layer][row][m], self._totals[row][m]
                     self.builder.retention(hop, layer, m, held, total)
 
-    def freeze(self) -> None:
-        """Read the cache a last time; the report no longer depends on it."""
-        cache = self.cache
-        if cache is not None and len(self._real):
-            self.builder.kv(cache.kv_bytes(), self._kept, self._real)
+    def freeze(self, cache: DareCache | None = None) -> None:
+        """Read the cache; where it is gone, what the host knew of it stands."""
+        cache = cache or self.cache
+        if cache is not None and self._real:
+            kept = [cache.layer(i).kept_host for i in range(len(self.shapes))]
+            self.builder.kv(cache.kv_bytes(), kept, self._real)
             self.builder.set_tokens(cache.log.counts_by_hop())
             self._frozen = True
+        elif self._kept and not self._frozen:
+            measured = accounting.kv_bytes(self.shapes, self._kept, self.builder.itemsize)
+            self.builder.kv(measured, self._kept, self._real)
 
-    def report(self) -> DareReport:
+    def report(self, cache: DareCache | None = None) -> DareReport:
         """The report as it stands."""
-        if self.cache is not None:
-            self.freeze()
-        elif not self._frozen and self._real:
-            self.builder.kv(0, [[0] * len(self._real) for _ in self.shapes], [0] * len(self._real))
+        self.freeze(cache)
         return self.builder.snapshot()

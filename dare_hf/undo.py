@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-_MISSING = object()
+
+class _Missing:
+    """Says that an instance had no such attribute; the class itself survives a deepcopy."""
+
 
 
 @dataclass
@@ -26,7 +29,7 @@ class UndoRecord:
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set an instance attribute, remembering what the instance itself had."""
-        before = vars(owner).get(name, _MISSING)
+        before = vars(owner).get(name, _Missing)
         object.__setattr__(owner, name, value)
         self.changes.append((owner, name, before, value))
 
@@ -43,12 +46,12 @@ class UndoRecord:
         for handle in reversed(self.handles):
             handle.remove()
         for owner, name, before, value in reversed(self.changes):
-            current = vars(owner).get(name, _MISSING)
+            current = vars(owner).get(name, _Missing)
             wrapped = vars(owner).get("_old_forward") if name == "forward" else None
             if name == "forward" and current is not value and wrapped is not None:
                 original = getattr(type(owner), name).__get__(owner)
-                vars(owner)["_old_forward"] = original if before is _MISSING else before
-            elif before is _MISSING:
+                vars(owner)["_old_forward"] = original if before is _Missing else before
+            elif before is _Missing:
                 vars(owner).pop(name, None)
             else:
                 object.__setattr__(owner, name, before)

@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig
 
+    from dare_hf.report import DareReport
+
 __all__ = ["DareCache", "DareLayer", "HopTracker", "TokenLog"]
+
+
+class Recorder(Protocol):
+    """Who counts a run."""
+
+    def report(self, cache: DareCache) -> DareReport:
+        """What was counted, with the cache as it is now."""
 
 
 class HopTracker(Protocol):
@@ -65,7 +74,7 @@ class DareCache(Cache):
     Attributes:
         log: Modality and hop of every logical token.
         hop_state: Hop counters of the rows; None until a model with DARE has run.
-        report: DareReport of the run this cache was last used in, or None.
+        recorder: Who counted the run this cache was last used in, or None.
 
     Raises:
         DareInputError: `config` is not a transformers config.
@@ -79,7 +88,7 @@ class DareCache(Cache):
             self.layers.extend(DareLayer() for _ in range(_num_layers(config)))
         self.log = TokenLog()
         self.hop_state: HopTracker | None = None
-        self.report: Any = None
+        self.recorder: Recorder | None = None
         self._saved: _Saved | None = None
 
     def layer(self, layer_idx: int) -> DareLayer:
@@ -87,6 +96,11 @@ class DareCache(Cache):
         while len(self.layers) <= layer_idx:
             self.layers.append(DareLayer())
         return self.layers[layer_idx]
+
+    @property
+    def report(self) -> DareReport | None:
+        """DareReport of the run this cache was last used in; None before any."""
+        return None if self.recorder is None else self.recorder.report(self)
 
     # What is stored
 
