@@ -1,12 +1,14 @@
 """What the cache promises, one law a test."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from dare_hf.cache import DareCache, DareLayer, TokenLog
+from dare_hf.cache.ring import QueryRing
 from dare_hf.cache.slab import limit, roomy
 from dare_hf.errors import DareInputError, DareStateError
 from dare_hf.hops import HopState
@@ -391,6 +393,51 @@ class TestMemory:
         assert layer.bookkeeping_bytes() == 10 * 8
 
 
+class TestQueries:
+    """The ring of a layer's last queries goes where its keys go."""
+
+    def layer(self) -> DareLayer:
+        layer = filled([[0, 2], [-1, 1]], seen=3)
+        query = torch.arange(2.0)[:, None, None, None].expand(2, 1, 3, 4)
+        layer.ring = QueryRing(query, torch.tensor([[0, 1, 2]] * 2), 0.5)
+        return layer
+
+    def test_a_ring_holds_the_last_of_a_window(self):
+        ring = self.layer().ring.pushed(torch.ones(2, 1, 2, 4), torch.tensor([[3, 4]] * 2), 4)
+        assert ring.positions.tolist() == [[1, 2, 3, 4]] * 2
+        assert ring.query.shape == (2, 1, 4, 4)
+
+    def test_rows_and_crop_and_rollback(self):
+        layer = self.layer()
+        ring = layer.ring
+        layer.begin()
+        layer.reorder_cache(torch.tensor([1, 1, 0]))
+        layer.crop(-1)
+        assert layer.ring.positions.tolist() == [[0, 1, -1]] * 3
+        assert layer.ring.query[:, 0, 0, 0].tolist() == [1, 1, 0]
+        layer.rollback()
+        assert layer.ring is ring
+        layer.reset()
+        assert layer.ring is None
+
+
+class TestPlain:
+    """Whether HF's own masks fit: the columns are the logical ones, pads included."""
+
+    def test_pads_are_holes_and_hf_can_go_on(self):
+        layer = filled([[-1, -1, 2, 3], [0, 1, 2, 3]], seen=4)
+        assert (layer.holes, layer.pruned, layer.kept_host) == (True, False, [2, 4])
+        layer.update(*random_kv(2, 1))
+        assert layer.positions().tolist() == [[-1, -1, 2, 3, 4], [0, 1, 2, 3, 4]]
+
+    def test_dropping_columns_ends_it(self):
+        layer = filled([[-1] * 200 + [200], list(range(201))], seen=201)
+        layer.batch_select_indices(torch.tensor([0]))
+        assert layer.pruned
+        layer.crop(-201)
+        assert not layer.pruned, "an empty layer can be anything"
+
+
 class TestCrop:
     def test_positive_is_refused_as_hf_does(self):
         for cache in (DareCache(), filled([[0]], seen=1)):
@@ -483,10 +530,20 @@ class TestRollback:
         assert cache.layers[0]._saved.slabs is cache.layers[0]._slabs
 
 
+@dataclass
+class Counts:
+    """A recorder whose report is its counts."""
+
+    flops: list[int]
+
+    def report(self, cache: DareCache) -> list[int]:
+        return self.flops
+
+
 class TestCopies:
     def test_deepcopy_is_independent(self):
         cache = DareCache()
-        cache.report = {"flops": 1}
+        cache.recorder = Counts([1, 2])
         cache.hop_state = HopState(ends=[[1]], compacted=[0])
         cache.log.append(torch.zeros(1, 3), torch.zeros(1, 3))
         layer = cache.layer(0)
@@ -502,17 +559,18 @@ class TestCopies:
         assert torch.equal(layer.keys, keys)
         assert torch.equal(layer.scores(), scores)
         assert (cache.hops.tolist(), len(cache.log), layer.seen) == ([1], 3, 5)
-        assert twin.report == cache.report
+        twin.recorder.flops.append(3)
+        assert (cache.report, twin.report) == ([1, 2], [1, 2, 3])
 
     def test_reset_forgets_all_but_the_report(self):
         cache = DareCache()
-        cache.report = "kept"
+        cache.recorder = Counts([1])
         cache.hop_state = HopState(ends=[[1]], compacted=[0])
         cache.log.append(torch.zeros(1, 3), torch.zeros(1, 3))
         cache.update(*random_kv(1, 3), 0)
         cache.reset()
         assert (cache.get_seq_length(), cache.allocated_bytes(), len(cache.log)) == (0, 0, 0)
-        assert (cache.is_initialized, cache.hop_state.ends, cache.report) == (False, [], "kept")
+        assert (cache.is_initialized, cache.hop_state.ends, cache.report) == (False, [], [1])
         cache.update(*random_kv(4, 2), 0)
         assert cache.batch_size == 4
 
@@ -534,6 +592,23 @@ class TestTokenLog:
         modality, hop = log.lookup(torch.tensor([[-1, 2], [1, 2]]))
         assert modality.tolist() == [[-1, 1], [0, 1]]
         assert hop.tolist() == [[-1, 3], [0, 1]]
+
+    def test_tokens_to_keep_always_travel_along(self):
+        log = TokenLog()
+        log.append(torch.zeros(2, 2), torch.zeros(2, 2))
+        assert log.always is None
+        named = torch.tensor([[True, False], [False, True]])
+        log.append(torch.zeros(2, 2), torch.zeros(2, 2), named)
+        log.append(torch.zeros(2, 1), torch.zeros(2, 1))
+        log.reorder(torch.tensor([1, 0, 1]))
+        saved = log.snapshot()
+        log.crop(4)
+        log.repeat(2)
+        odd, even = [False] * 3 + [True], [False, False, True, False]
+        assert log.always.tolist() == [odd, odd, even, even, odd, odd]
+        assert saved.always.tolist() == [[*odd, False], [*even, False], [*odd, False]]
+        log.reset()
+        assert log.always is None
 
     def test_many_steps_are_joined(self):
         log = TokenLog()

@@ -82,6 +82,13 @@ class CacheMachine(RuleBasedStateMachine):
         dense = [list(range(model.seen, seen))] * self.n_rows == positions
         before = layer.positions() if layer.rows else columns[:, :0]
         layer.stage(None if dense else columns, seen, kept, scores)
+        places = range(model.seen, seen)
+        plain = columns.shape[1] == len(places) and all(
+            position in (-1, place)
+            for row in positions
+            for position, place in zip(row, places, strict=True)
+        )
+        layer.plain = layer.plain and plain
         keys, values = self.cache.update(*keys_values(ids, i, graph), i)
         for r, row in enumerate(positions):
             for c, position in enumerate(row):
@@ -189,13 +196,15 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 3))
     def run_without_dare(self, count: int) -> None:
         """Unstaged updates are a DynamicCache's, unless something was pruned."""
-        whole = list(range(self.seen))
-        if any([p for p, _, _ in row] != whole for row in self.model[0].rows):
+        layer = self.cache.layer(0)
+        if layer.pruned:
             try:
                 self.cache.update(*keys_values(self.ids(count), 0, False), 0)
             except DareStateError:
                 return
             raise AssertionError("a pruned cache was continued without DARE")
+        where = layer.positions()
+        assert ((where == -1) | (where == torch.arange(self.seen))).all(), "HF's mask would not fit"
         ids = self.ids(count)
         seen = self.seen
         self.target = seen + count

@@ -9,6 +9,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from dare_hf.cache.columns import ColumnTable
 from dare_hf.cache.slab import Slabs, limit, right_packed, roomy
+from dare_hf.cache.staging import Staged
 from dare_hf.errors import DareStateError
 
 if TYPE_CHECKING:
@@ -16,15 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dare_hf.cache.ring import QueryRing
-
-
-class _Staged(NamedTuple):
-    """What the next update stores."""
-
-    columns: Tensor | None
-    seen: int
-    kept: list[int]
-    scores: Tensor | None
 
 
 class _Saved(NamedTuple):
@@ -57,8 +49,9 @@ class DareLayer(CacheLayerMixin):
     def _drop(self) -> None:
         self._table = ColumnTable()
         self._slabs: Slabs | None = None
-        self._staged: _Staged | None = None
-        # Whether columns are the logical ones, pads included, so that HF's own masks fit.
+        self._staged: Staged | None = None
+        # Whether columns are the logical ones, pads included, so that HF's own masks fit. Who
+        # stages other columns sets it to False.
         self.plain = True
         # The last queries, for scoring closed hops; None while nobody needs them.
         self.ring: QueryRing | None = None
@@ -99,8 +92,8 @@ class DareLayer(CacheLayerMixin):
 
     @property
     def pruned(self) -> bool:
-        """Whether some logical token is not stored: HF's own masks do not fit any more."""
-        return self._table.holes or self._table.width != self._table.seen
+        """Whether columns are not the logical ones: HF's own masks do not fit any more."""
+        return not self.plain or self._table.width != self._table.seen
 
     def positions(self) -> Int[Tensor, "rows width"]:
         """Logical position of every physical column, -1 for holes."""
@@ -156,7 +149,7 @@ class DareLayer(CacheLayerMixin):
             kept: Real tokens among the columns, per row.
             scores: Score of each column.
         """
-        self._staged = _Staged(columns, new_seen, kept, scores)
+        self._staged = Staged(columns, new_seen, kept, scores)
 
     def advance(self, new_seen: int) -> None:
         """Logical tokens up to `new_seen` pass with nothing stored here."""
@@ -184,9 +177,9 @@ class DareLayer(CacheLayerMixin):
         """
         staged, self._staged = self._staged, None
         if staged is None:
-            staged = _Staged(None, self.seen + key_states.shape[2], [], None)
+            staged = Staged(None, self.seen + key_states.shape[2], [], None)
             self._refuse_when_pruned()
-        self._check(staged, key_states)
+        staged.check(key_states, self.rows, self.seen)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = self._write(key_states, value_states, staged)
@@ -206,28 +199,7 @@ class DareLayer(CacheLayerMixin):
                 "dare_disabled"
             )
 
-    def _check(self, staged: _Staged, keys: Tensor) -> None:
-        rows, count = keys.shape[0], keys.shape[2]
-        if self.rows and rows != self.rows:
-            raise DareStateError(
-                f"This DareCache holds {self.rows} rows; got keys of {rows} rows. Use a new cache, "
-                "batch_select_indices or batch_repeat_interleave"
-            )
-        if staged.columns is None:
-            expected = staged.seen - self.seen
-        else:
-            expected = staged.columns.shape[1]
-            if len(staged.kept) != rows or staged.seen < self.seen:
-                raise DareStateError(
-                    f"The layer's plan announced {len(staged.kept)} rows up to token "
-                    f"{staged.seen}; expected {rows} rows and at least token {self.seen}"
-                )
-        if count != expected:
-            raise DareStateError(
-                f"The layer's plan announced {expected} new columns; the attention brought {count}"
-            )
-
-    def _write(self, keys: Tensor, values: Tensor, staged: _Staged) -> tuple[Tensor, Tensor]:
+    def _write(self, keys: Tensor, values: Tensor, staged: Staged) -> tuple[Tensor, Tensor]:
         """Put new columns behind those in use; returns all of them, also in `keys`, `values`."""
         assert self._slabs is not None
         start, count = self.width, keys.shape[2]
@@ -284,6 +256,7 @@ class DareLayer(CacheLayerMixin):
         assert self._slabs is not None
         index, live = right_packed(keep, max(kept))
         self._slabs = self._slabs.packed(self.width, index)
+        self.plain = False
         self._table.take(index, live, kept)
         self._show(self.width)
 
@@ -351,6 +324,7 @@ class DareLayer(CacheLayerMixin):
             table.drop_last(removed, seen)
         else:
             self._crop_head(seen, table.counts(before=seen).tolist() if kept is None else kept)
+        self.plain = self.plain or seen == 0
         self._fit()
 
     def _crop_head(self, seen: int, kept: list[int]) -> None:

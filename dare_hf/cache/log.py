@@ -9,7 +9,9 @@ import torch
 from dare_hf.errors import DareStateError
 
 if TYPE_CHECKING:
-    from jaxtyping import Int, Int8
+    from collections.abc import Callable
+
+    from jaxtyping import Bool, Int, Int8
     from torch import Tensor
 
 PAD = -1
@@ -26,9 +28,8 @@ class TokenLog:
     def __init__(self) -> None:
         self._modality: list[Tensor] = []
         self._hop: list[Tensor] = []
+        self._always: list[Tensor] = []
         self._length = 0
-        # Bool[rows, tokens] tokens that are kept whatever their score; None when there are none.
-        self.always: Tensor | None = None
 
     def __len__(self) -> int:
         return self._length
@@ -45,8 +46,26 @@ class TokenLog:
         self._hop = self._joined(self._hop, torch.int16)
         return self._hop[0]
 
-    def append(self, modality: Int[Tensor, "rows new"], hop: Int[Tensor, "rows new"]) -> None:
+    @property
+    def always(self) -> Bool[Tensor, "rows tokens"] | None:
+        """Tokens that are kept whatever their score; None when no forward named any."""
+        if not self._always:
+            return None
+        self._always = self._joined(self._always, torch.bool)
+        return self._always[0]
+
+    def append(
+        self,
+        modality: Int[Tensor, "rows new"],
+        hop: Int[Tensor, "rows new"],
+        always: Bool[Tensor, "rows new"] | None = None,
+    ) -> None:
         """Add the tokens of a forward.
+
+        Args:
+            modality: 0 text, 1 vision, -1 pad.
+            hop: The hop each token belongs to.
+            always: Tokens that no compaction may drop.
 
         Raises:
             DareStateError: The rows are not those of the tokens logged before.
@@ -56,11 +75,16 @@ class TokenLog:
                 f"DareCache holds {self._modality[0].shape[0]} rows; got tokens of "
                 f"{modality.shape[0]} rows. Use a new DareCache or batch_select_indices"
             )
+        if always is not None and not self._always:
+            self._always = [always.new_zeros(always.shape[0], self._length, dtype=torch.bool)]
+        if always is not None or self._always:
+            absent = torch.zeros_like(modality, dtype=torch.bool)
+            self._always.append(absent if always is None else always)
         self._modality.append(modality.to(torch.int8))
         self._hop.append(hop.to(torch.int16))
         self._length += modality.shape[1]
         if len(self._modality) >= _MERGE_AT:
-            self._modality, self._hop = [self.modality], [self.hop]
+            self._each(lambda whole: whole)
 
     def lookup(
         self, positions: Int[Tensor, "rows columns"]
@@ -88,37 +112,37 @@ class TokenLog:
         """Forget the tokens at positions >= `length`."""
         if length >= self._length:
             return
-        self._modality = [self.modality[:, :length]]
-        self._hop = [self.hop[:, :length]]
+        self._each(lambda whole: whole[:, :length])
         self._length = length
 
     def reorder(self, index: Int[Tensor, " chosen"]) -> None:
         """Take the rows `index`."""
-        if not self._modality:
-            return
-        modality, hop = self.modality, self.hop
-        index = index.to(modality.device)
-        self._modality, self._hop = [modality.index_select(0, index)], [hop.index_select(0, index)]
+        self._each(lambda whole: whole.index_select(0, index.to(whole.device)))
 
     select = reorder
 
     def repeat(self, repeats: int) -> None:
         """Repeat every row `repeats` times in place, as HF expands a batch."""
-        if not self._modality:
-            return
-        self._modality = [self.modality.repeat_interleave(repeats, dim=0)]
-        self._hop = [self.hop.repeat_interleave(repeats, dim=0)]
+        self._each(lambda whole: whole.repeat_interleave(repeats, dim=0))
 
     def reset(self) -> None:
         """Back to an empty sequence."""
-        self._modality, self._hop, self._length = [], [], 0
+        self._modality, self._hop, self._always, self._length = [], [], [], 0
 
     def snapshot(self) -> TokenLog:
         """A copy that later changes of this log do not reach; the tensors are shared."""
         saved = TokenLog()
         saved._modality, saved._hop = list(self._modality), list(self._hop)
+        saved._always = list(self._always)
         saved._length = self._length
         return saved
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Join every track and change it."""
+        if self._modality:
+            self._modality, self._hop = [change(self.modality)], [change(self.hop)]
+        if self.always is not None:
+            self._always = [change(self.always)]
 
     def _joined(self, chunks: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         if not chunks:
