@@ -186,6 +186,7 @@ class CacheMachine(RuleBasedStateMachine):
                 positions = list(range(self.seen, self.target))
                 self.store(0, [positions] * self.n_rows, True, False)
             elif data.draw(st.booleans()) and stored:
+                self.crop_by(data.draw(st.integers(0, 3)))
                 self.forward(data, count % 5 + 1)
                 self.compact(data)
             self.cache.layer(2).stage(None, 999, [])
