@@ -190,9 +190,9 @@ def attention_scorer_flops(shape: LayerShape, window: int, keys: int) -> int:
     return 2 * keys * (shape.q_heads * window * shape.qk_dim + shape.kv_heads * shape.v_dim)
 
 
-def key_norm_scorer_flops(shape: LayerShape, tokens: int) -> int:
-    """FLOPs of one layer's key norms."""
-    return 2 * tokens * shape.kv_heads * shape.qk_dim
+def key_norm_scorer_flops(shape: LayerShape, hidden: int, tokens: int) -> int:
+    """FLOPs of one layer's key norms: the key projection of every token, and its squares."""
+    return 2 * tokens * shape.kv_heads * shape.qk_dim * (hidden + 1)
 
 
 def kv_bytes_per_token(kv_heads: int, k_dim: int, v_dim: int, itemsize: int) -> int:

@@ -21,6 +21,7 @@ app = typer.Typer(
     help="Dynamic and asymmetric token routing for vision-language models of transformers.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
 REFUSED = 2  # exit code of everything that was refused with a reason

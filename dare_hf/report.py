@@ -78,15 +78,18 @@ class DareReport:
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
     def _hop_line(self, hop: int) -> str:
-        parts = []
+        """Tokens of a hop, and the share of what came before that was held when it began."""
+        new, held = [], []
         for modality in ("vision", "text"):
+            counts = self.tokens[modality]
+            new.append(f"{counts[hop] if hop < len(counts) else 0} {modality}")
             shares = [layer[modality] for layer in self.retention[hop]]
-            shares = [share for share in shares if share is not None]
-            if shares:
-                mean = sum(shares) / len(shares)
-                parts.append(f"{modality} {mean:.2f} of {sum(self.tokens[modality][: hop + 1])}")
-                parts[-1] += f" (layers {min(shares):.2f} to {max(shares):.2f})"
-        return f"kept at hop {hop}: " + ("; ".join(parts) or "nothing to keep")
+            known = [share for share in shares if share is not None]
+            if known:
+                mean, least, most = sum(known) / len(known), min(known), max(known)
+                held.append(f"{mean:.2f} of {modality} (layers {least:.2f} to {most:.2f})")
+        when = "after the prompt" if hop == 0 else "at its begin"
+        return f"hop {hop}: {' + '.join(new)} tokens; held {when}: {', '.join(held) or '-'}"
 
 
 class ReportBuilder:

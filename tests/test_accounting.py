@@ -143,7 +143,7 @@ def test_kv_bytes(itemsize: int) -> None:
 def test_scorer_flops() -> None:
     shape = LayerShape(10, 4, 2, 8, 6)
     assert accounting.attention_scorer_flops(shape, 32, 100) == 2 * 100 * (4 * 32 * 8 + 2 * 6)
-    assert accounting.key_norm_scorer_flops(shape, 100) == 2 * 100 * 2 * 8
+    assert accounting.key_norm_scorer_flops(shape, 50, 100) == 2 * 100 * 2 * 8 * 51
 
 
 def test_generate_equals_torchs_count() -> None:

@@ -65,7 +65,8 @@ def test_text_tells_amounts_and_ratios() -> None:
     assert "2 hops, 0.25 s" in text
     assert "176 B" in text
     assert "0.79" in text, "11 of 14 tokens stored"
-    assert "kept at hop 0: vision 0.62 of 4 (layers 0.25 to 1.00); text 1.00 of 2" in text
+    assert "hop 0: 4 vision + 2 text tokens; held after the prompt: 0.62 of vision" in text
+    assert "hop 1: 0 vision + 1 text tokens; held at its begin: 0.62 of vision (layers" in text
     assert "note: a note" in text
     assert "skipped by sampled tokens: 3" in text
     assert "predicted" not in text

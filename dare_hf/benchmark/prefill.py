@@ -6,8 +6,9 @@ import copy
 import platform
 import statistics
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -167,6 +168,10 @@ def _threads(count: int) -> Iterator[None]:
 def _hardware(device: str) -> str:
     if device != "cpu":
         return torch.cuda.get_device_name()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 
