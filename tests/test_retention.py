@@ -48,7 +48,7 @@ def test_budget_bounds(count: int) -> None:
 
 @pytest.mark.parametrize(
     ("rate", "count", "kept"),
-    [(0.7, 10, 7), (0.1, 30, 3), (0.4, 576, 231), (0.5, 3, 2), (0.25, 4, 1), (0.3, 0, 0)],
+    [(0.07, 100, 7), (0.55, 100, 55), (0.4, 576, 231), (0.5, 3, 2), (0.25, 4, 1), (0.3, 0, 0)],
 )
 def test_budget_is_not_off_by_float_noise(rate: float, count: int, kept: int) -> None:
     assert budget(rate, count) == kept

@@ -55,6 +55,13 @@ def test_router_reads_the_row_of_the_modality() -> None:
     assert scores.isfinite().all()
 
 
+def test_router_of_a_zero_state_is_the_bias() -> None:
+    modality = torch.zeros(1, 2, dtype=torch.int8)
+    bias = torch.tensor([0.5, 0.0])
+    scores = router_scores(torch.zeros(1, 2, 4), torch.randn(2, 4), bias, modality, True)
+    close(scores, bias[:1].sigmoid().expand(1, 2))
+
+
 def test_router_survives_massive_activations() -> None:
     hidden = torch.randn(1, 8, 64)
     weight, bias = torch.randn(2, 64), torch.zeros(2)

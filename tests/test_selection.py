@@ -251,7 +251,7 @@ def test_equalise(data: st.DataObject) -> None:
         assert result == budgets
 
 
-def test_equalise_gives_the_rest_to_vision_first() -> None:
+def test_equalise_gives_the_rest_to_the_modality_that_has_more() -> None:
     # [TEXT, VISION]: the second row has no image, the third a small one.
     assert equalise([[3, 10], [4, 0], [2, 1]], [[5, 20], [20, 0], [5, 4]]) == [
         [4, 10],
@@ -372,6 +372,16 @@ def test_grid_equals_the_reference_and_stays_in_the_budget(
     )
     assert not (grid & ~kept).any(), "a grid column was not kept"
     assert torch.equal(kept.sum(1), k.maximum((able & forced).sum(1)))
+
+
+def test_forced_tokens_leave_the_grid_what_remains() -> None:
+    modality = torch.ones(1, 12, dtype=torch.int8)
+    every, forced = torch.ones(1, 12, dtype=torch.bool), torch.arange(12)[None] < 3
+    sizes = [
+        even_grid(modality, every, forced, torch.tensor([k]), share).sum().item()
+        for k, share in [(6, 1.0), (6, 0.5), (6, 0.2), (3, 1.0), (2, 0.5), (12, 1.0), (20, 1.0)]
+    ]
+    assert sizes == [3, 3, 1, 0, 0, 9, 9]
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(1, 200))

@@ -9,7 +9,7 @@ from dare_hf.routing.kinds import TEXT, VISION
 
 # A rate is never 0: `budget` turns the smallest one into one token.
 MIN_RATE = 1e-6
-# Takes the float error of rate * count off before the ceiling (0.7 * 10 is 7.000000000000001).
+# Takes the float error of rate * count off before the ceiling (0.07 * 100 is 7.000000000000001).
 CEIL_SLACK = 1e-4
 # How much less a layer behind the cut keeps than one before it, under two_stage.
 LATE_SHARE = 0.25

@@ -47,7 +47,7 @@ def keep_mask(
     lowest = -torch.inf
     ranked = scores if first is None else scores.masked_fill(first, torch.inf)
     ranked = ranked.masked_fill(ranked.isnan(), lowest)[:, None].masked_fill(~others, lowest)
-    need = (budgets - must.sum(-1)).clamp(min=0)[..., None]
+    need = (budgets - must.sum(-1))[..., None]
     # The values of topk are deterministic, its choice among equal ones is not: only they are used.
     best = ranked.topk(width, dim=-1).values
     threshold = best.gather(-1, (need - 1).clamp(0, width - 1))
