@@ -224,13 +224,11 @@ def _exempt_layers(anatomy: Anatomy, implementation: str) -> frozenset[int]:
 def _attach(target: nn.Module, controller: Controller, undo: UndoRecord) -> None:
     """Set what routing needs on the model's instances, recorded in `undo`."""
     anatomy = controller.anatomy
-    state = ModelState(controller, target.generate, undo)
+    state = ModelState(controller, getattr(target, "generate"), undo)  # noqa: B009 - no typed attribute
     for module in anatomy.hooked:
         undo.set(module, "_dare", state)
         undo.hook(module.register_forward_pre_hook(_open_forward, with_kwargs=True))
-        undo.hook(
-            module.register_forward_hook(_close_forward, prepend=True, always_call=True)
-        )
+        undo.hook(module.register_forward_hook(_close_forward, prepend=True, always_call=True))
     undo.set(target, "generate", types.MethodType(routed_generate, target))
     for index, layer in enumerate(anatomy.layers):
         layer_state = LayerState(
@@ -259,7 +257,7 @@ def _attention_configs(target: nn.Module, anatomy: Anatomy) -> list[Any]:
 
 
 @functools.cache
-def _forward_names(kind: type) -> tuple[str, ...]:
+def _forward_names(kind: type[nn.Module]) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 

@@ -135,11 +135,14 @@ def observed_scores(slot: DareLayer, closed: Tensor) -> Tensor:
     """Float32[B, C]: stored keys of closed hops scored by the layer's query ring.
 
     Args:
-        slot: The layer's cache, with a ring.
+        slot: The layer's cache; without a ring every score is 0.
         closed: Bool[B, C] stored columns that belong to closed hops.
     """
-    ring, where = slot.ring, slot.positions()
+    ring, keys, values = slot.ring, slot.keys, slot.values
+    if ring is None or keys is None or values is None:
+        return torch.zeros(closed.shape, device=closed.device)
+    where = slot.positions()
     seen = (where[:, None, :] <= ring.positions[:, :, None]) & (where >= 0)[:, None, :]
     return attention_scores(
-        ring.query, slot.keys, slot.values, seen[:, None], ring.positions >= 0, closed, ring.scaling
+        ring.query, keys, values, seen[:, None], ring.positions >= 0, closed, ring.scaling
     )

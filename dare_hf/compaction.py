@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dare_hf.attention import observed_scores
+from dare_hf.hops import hop_state_of
 from dare_hf.routing.kinds import TEXT, VISION
 from dare_hf.routing.retention import budget
 from dare_hf.routing.selection import compaction_keep, hop_prefix_mask, keep_mask
@@ -42,7 +43,7 @@ class Compaction:
 
 def due_rows(cache: DareCache) -> list[int]:
     """Per row the hop that has begun since the last compaction, 0 where none has."""
-    state = cache.hop_state
+    state = hop_state_of(cache)
     pairs = zip(state.open_hops(), state.compacted, strict=True)
     return [hop if hop > served else 0 for hop, served in pairs]
 
@@ -68,7 +69,7 @@ def compact(cache: DareCache, config: DareConfig, table: RetentionTable) -> Comp
     due = due_rows(cache)
     if not any(due):
         return None
-    state = cache.hop_state
+    state = hop_state_of(cache)
     state.compacted = [max(a, b) for a, b in zip(state.compacted, due, strict=True)]
     work = _Work(cache, config, table, due)
     if max(due) == 1 and config.max_kv_tokens is None:
@@ -156,14 +157,14 @@ class _Work:
         scores = self._scores(slot, closed)
         rows = self.budgets(layer)
         groups = range(len(rows[0]))
-        largest = [tuple(max(r[g][m] for r in rows) for m in (0, 1)) for g in groups]
+        largest = [(max(r[g][TEXT] for r in rows), max(r[g][VISION] for r in rows)) for g in groups]
         wanted = torch.tensor(rows).to(where.device, non_blocking=True)
         keep = compaction_keep(scores, modality, hop, candidates, forced, wanted, largest)
         keep = self._cap(keep, stored & ~closed, scores, forced)
         if self.alive is not None:
             gone = torch.where(closed & ~keep, index, self.alive.shape[1])
             marks = torch.nn.functional.pad(self.alive, (0, 1)).to(where.device)
-            self.alive = marks.scatter(1, gone, False)[:, :-1]  # noqa: FBT003
+            self.alive = marks.scatter(1, gone, False)[:, :-1]
         return keep | (stored & ~closed)
 
     def _cap(self, keep: Tensor, fixed: Tensor, scores: Tensor, forced: Tensor) -> Tensor:
@@ -173,7 +174,9 @@ class _Work:
             return keep
         room = (cap - fixed.sum(1)).clamp(min=0)
         wanted = torch.stack([room, torch.zeros_like(room)], dim=1)
-        return keep_mask(scores, torch.zeros_like(keep, dtype=torch.int8), keep, forced, wanted, (cap, 0))
+        return keep_mask(
+            scores, torch.zeros_like(keep, dtype=torch.int8), keep, forced, wanted, (cap, 0)
+        )
 
     def _scores(self, slot: DareLayer, closed: Tensor) -> Tensor:
         scores = slot.scores()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -13,9 +13,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dare_hf.accounting import shapes_of
 from dare_hf.cache import DareCache
 from dare_hf.compaction import compact
-from dare_hf.context import ForwardContext, GenerationCall, TokenRules, close_context, open_context
 from dare_hf.errors import DareInputError, DareStateError
 from dare_hf.plan import Planner
+from dare_hf.reading import close_context, open_context
 from dare_hf.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -25,16 +25,27 @@ if TYPE_CHECKING:
 
     from dare_hf.adapters import Anatomy
     from dare_hf.config import DareConfig
+    from dare_hf.context import ForwardContext, GenerationCall, TokenRules
     from dare_hf.report import DareReport
     from dare_hf.routing.retention import RetentionTable
     from dare_hf.scorers import Scorer
+
+
+class _Open(NamedTuple):
+    """A forward in progress."""
+
+    module: Any
+    context: ForwardContext
+    kwargs: Mapping[str, Any]
+    started: float
+    recorder: Recorder
 
 
 class _Local(threading.local):
     """What one thread is doing with the model."""
 
     def __init__(self) -> None:
-        self.contexts: list[tuple[Any, ForwardContext, Mapping[str, Any], float]] = []
+        self.contexts: list[_Open] = []
         self.calls: list[GenerationCall] = []
         self.last: Recorder | None = None
 
@@ -55,7 +66,7 @@ class Controller:
         disabled: How many `dare_disabled` blocks are open.
     """
 
-    def __init__(  # noqa: PLR0913 - the parts apply_dare has resolved
+    def __init__(
         self,
         config: DareConfig,
         table: RetentionTable,
@@ -98,7 +109,7 @@ class Controller:
     @property
     def context(self) -> ForwardContext | None:
         """The forward this thread is in."""
-        return self._local.contexts[-1][1] if self._local.contexts else None
+        return self._local.contexts[-1].context if self._local.contexts else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -134,7 +145,7 @@ class Controller:
     def find_context(self, kwargs: Mapping[str, Any]) -> ForwardContext | None:
         """The open forward, or the closed one that gradient checkpointing repeats a layer of."""
         if self._local.contexts:
-            return self._local.contexts[-1][1]
+            return self._local.contexts[-1].context
         if self.disabled or not torch.is_grad_enabled() or not len(self._recompute):
             return None
         marker = _marker(kwargs)
@@ -165,46 +176,45 @@ class Controller:
         if cache is not None:
             recorder.note_compaction(compact(cache, self.config, self.table))
             cache.begin()
-        context.recorder = recorder
-        self._local.contexts.append((module, context, kwargs, started))
+        self._local.contexts.append(_Open(module, context, kwargs, started, recorder))
         return {k: v for k, v in kwargs.items() if k != "modality_mask"}
 
     def _drop_stale(self, module: Any) -> None:
         """Forget forwards that an interrupt (KeyboardInterrupt) left open."""
-        opened = [entry[0] is module for entry in self._local.contexts]
+        opened = [entry.module is module for entry in self._local.contexts]
         if any(opened):
             self.drop_contexts(opened.index(True))
 
     def drop_contexts(self, depth: int) -> None:
         """Roll back and forget open forwards beyond the first `depth`."""
         while len(self._local.contexts) > depth:
-            _, context, _, _ = self._local.contexts.pop()
-            if context.cache is not None:
-                context.cache.rollback()
+            cache = self._local.contexts.pop().context.cache
+            if cache is not None:
+                cache.rollback()
 
     def after_forward(self, module: Any, *, failed: bool) -> None:
         """Close the context that `module` opened; a failed forward leaves the cache as it was."""
-        if not self._local.contexts or self._local.contexts[-1][0] is not module:
+        if not self._local.contexts or self._local.contexts[-1].module is not module:
             return
-        _, context, kwargs, started = self._local.contexts.pop()
-        cache = context.cache
+        entry = self._local.contexts.pop()
+        context, cache = entry.context, entry.context.cache
         if failed:
             if cache is not None:
                 cache.rollback()
             return
         if cache is not None:
             cache.commit()
-        close_context(context, kwargs, self.rules)
+        close_context(context, entry.kwargs, self.rules)
         for plan in context.plans.values():
             plan.gathered = None
-        recorder: Recorder = context.recorder
+        recorder = entry.recorder
         recorder.note_forward(context)
-        if cache is not None and context.span_end is not None:
-            if self.config.max_kv_tokens is not None:
-                recorder.note_compaction(compact(cache, self.config, self.table))
-        context.cache = context.recorder = None
+        capped = self.config.max_kv_tokens is not None
+        if capped and cache is not None and context.span_end is not None:
+            recorder.note_compaction(compact(cache, self.config, self.table))
+        context.cache = None
         if not self._local.calls:
-            recorder.builder.seconds(time.perf_counter() - started)
+            recorder.builder.seconds(time.perf_counter() - entry.started)
 
     def _cache_for(self, kwargs: dict[str, Any]) -> DareCache | None:
         """The DareCache of a forward; one is made where HF would make its own."""
@@ -234,8 +244,11 @@ class Controller:
                 call.recorder = Recorder(self, cache)
             recorder = call.recorder
             recorder.cache = cache
-        elif cache is not None and cache.get_seq_length() and last is not None and (
-            last.cache is cache
+        elif (
+            cache is not None
+            and cache.get_seq_length()
+            and last is not None
+            and (last.cache is cache)
         ):
             recorder = last
         else:

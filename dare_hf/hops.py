@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+
+    from dare_hf.cache import DareCache
 
 
 def resolve_delimiters(delimiters: Sequence[Any], processor: Any) -> tuple[tuple[int, ...], ...]:
@@ -124,6 +126,11 @@ class HopState:
     def reset(self) -> None:
         """Back to an empty sequence."""
         self.ends, self.compacted, self.tail = [], [], None
+
+
+def hop_state_of(cache: DareCache) -> HopState:
+    """The hop counters of a cache that a model with DARE has used."""
+    return cast("HopState", cache.hop_state)
 
 
 def delimiter_ends(ids: Tensor, tail: Tensor | None, sequences: Sequence[Sequence[int]]) -> Tensor:

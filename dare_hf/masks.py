@@ -20,7 +20,7 @@ def is_flash(implementation: str | None) -> bool:
     return "flash" in (implementation or "")
 
 
-def gather_mask(  # noqa: PLR0913 - each is a fact about the same gather
+def gather_mask(
     mask: Any,
     rows: Tensor,
     columns: Tensor,

@@ -33,7 +33,7 @@ def vision_token_ids(config: Any, extra: tuple[int, ...] | None = None) -> tuple
 
 
 def special_token_ids(config: Any, generation_config: Any) -> tuple[int, ...]:
-    """Every special id a config names: begin and end of sequence, of image, padding, …"""
+    """Every special id a config names: begin and end of sequence or image, padding."""
     found: set[int] = set()
     for source in (config, config.get_text_config(), generation_config):
         for name, value in vars(source).items() if source is not None else ():
@@ -84,9 +84,7 @@ def mask_to_modality(mask: Tensor, batch: int, length: int) -> Tensor:
     return (mask[:, mask.shape[1] - length :] > 0).repeat_interleave(batch // mask.shape[0], dim=0)
 
 
-def resolve_span(
-    arguments: Mapping[str, Any], vision_ids: Sequence[int], length: int
-) -> Tensor:
+def resolve_span(arguments: Mapping[str, Any], vision_ids: Sequence[int], length: int) -> Tensor:
     """Bool[B, S]: the vision tokens of a span, by the first source that is there.
 
     An explicit `modality_mask`, then the processor's type ids, then the token ids.

@@ -69,7 +69,7 @@ class Plan:
 
     def span_live(self, context: ForwardContext) -> Tensor:
         """Bool[B, K]: running tokens that belong to the span."""
-        span = self.take(context.span)
+        span = self.take(context.span_and_forced()[0])
         return span if self.live is None else span & self.live
 
     def queries(self, context: ForwardContext, window: int) -> tuple[Tensor, Tensor]:
@@ -129,12 +129,9 @@ class Planner:
         """Whether the layer leaves out any token of the span."""
         if context.span is None:
             return False
-        if self._drops(before):
+        if self.config.pruned == "drop" and before is not None and before.keep is not None:
             return True
         return self.budgets(context, layer) != context.counts
-
-    def _drops(self, before: Plan | None) -> bool:
-        return self.config.pruned == "drop" and before is not None and before.keep is not None
 
     def plan(
         self, context: ForwardContext, layer: int, scores: Tensor, before: Plan | None
@@ -148,9 +145,10 @@ class Planner:
             before: The plan of the layer before, for pruned="drop".
         """
         rows = self.budgets(context, layer)
-        available, candidates = context.counts, context.span
-        if self._drops(before):
-            available, candidates = before.kept, candidates & before.keep
+        span, forced_mask = context.span_and_forced()
+        available, candidates = context.counts, span
+        if before is not None and before.keep is not None and self.config.pruned == "drop":
+            available, candidates = before.kept, span & before.keep
         kept = [
             [min(max(k, f), n) for k, f, n in zip(row, forced, counts, strict=True)]
             for row, forced, counts in zip(rows, context.forced_counts, available, strict=True)
@@ -162,13 +160,13 @@ class Planner:
             first = even_grid(
                 context.modality,
                 candidates,
-                context.forced,
+                forced_mask,
                 wanted[:, VISION],
                 self.config.uniform_share,
             )
         largest = (max(k[TEXT] for k in kept), max(k[VISION] for k in kept))
         keep = keep_mask(
-            scores, context.modality, candidates, context.forced, wanted, largest, first=first
+            scores, context.modality, candidates, forced_mask, wanted, largest, first=first
         )
         return self._finish(context, keep, kept, scores)
 
@@ -177,7 +175,7 @@ class Planner:
     ) -> Plan:
         """Turn a keep mask into the layer's columns; sampled tokens always run."""
         if any(context.sampled):
-            keep = keep | ((context.modality >= 0) & ~context.span)
+            keep = keep | ((context.modality >= 0) & ~context.span_and_forced()[0])
         running = [sum(k) + s for k, s in zip(kept, context.sampled, strict=True)]
         width = max(*running, 1) if len(running) > 1 else max(running[0], 1)
         if width == context.length:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dare_hf.compaction import Compaction
     from dare_hf.context import ForwardContext
     from dare_hf.controller import Controller
-    from dare_hf.report import DareReport
+    from dare_hf.report import DareReport, Phase
 
 
 class Recorder:
@@ -86,13 +86,13 @@ class Recorder:
                 carried = [n - r for n, r in zip(carried, real, strict=True)]
             self._real = carried
         self._real = [a + b for a, b in zip(self._real, real, strict=True)]
-        phase = "decode" if context.span is None else "prefill"
+        phase: Phase = "decode" if context.span is None else "prefill"
         self.builder.forward(queries, keys, real, self._real, phase)
         self.builder.head(context.head_rows, phase)
         self._note_scoring(context, keys, phase)
         self._note_span(context)
 
-    def _note_scoring(self, context: ForwardContext, keys: list[list[int]], phase: str) -> None:
+    def _note_scoring(self, context: ForwardContext, keys: list[list[int]], phase: Phase) -> None:
         hidden, flops = self.builder.hidden, 0
         for index, plan in context.plans.items():
             scored = plan.scores is not None and context.plans.get(index - 1) is not plan
@@ -113,9 +113,11 @@ class Recorder:
         if context.past == 0:
             self._totals = [[0, 0] for _ in range(batch)]
             self._held = [[[0, 0] for _ in range(batch)] for _ in self.shapes]
-        if len(self._held) != len(self.shapes) or len(self._totals) != batch:
+        cache = context.cache
+        uncounted = len(self._held) != len(self.shapes) or len(self._totals) != batch
+        if uncounted and cache is not None:
             # a carried cache that nobody has counted in this run; its own span is in it already
-            self._held, self._totals = stored_counts(context.cache, context.span_hop)
+            self._held, self._totals = stored_counts(cache, context.span_hop)
         elif context.span is not None:
             for row, counts in enumerate(context.counts):
                 for m in (TEXT, VISION):

@@ -47,7 +47,7 @@ class LayerState:
     def observe(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: Any) -> None:
         """Called by the attention function of this layer (see `attention`)."""
         context = self.controller.context
-        if context is None or context.capture_layer != self.index:
+        if context is None or context.columns is None or context.capture_layer != self.index:
             return
         with torch.no_grad():
             if self.controller.captures(self.index, context):
@@ -66,7 +66,7 @@ def parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 def routed_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The forward DARE puts on a decoder layer; without an open context it is HF's own."""
-    state: LayerState = layer._dare
+    state: LayerState = vars(layer)["_dare"]
     context = state.controller.find_context(kwargs)
     if context is None:
         return state.inner(hidden_states, *args, **kwargs)
@@ -88,9 +88,7 @@ def routed_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
     return _scatter(output, hidden_states, plan)
 
 
-def _plan_for(
-    layer: nn.Module, state: LayerState, context: ForwardContext, hidden: Tensor
-) -> Plan:
+def _plan_for(layer: nn.Module, state: LayerState, context: ForwardContext, hidden: Tensor) -> Plan:
     """The layer's plan: its own, the one it reuses, or the one a recomputation must repeat."""
     index = state.index
     if index in context.plans:
@@ -126,9 +124,7 @@ def _select(
         return controller.planner.plan(context, index, scores, before)
 
 
-def _stage(
-    state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[str, Any]
-) -> None:
+def _stage(state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[str, Any]) -> None:
     """Tell the cache layer which tokens the coming update brings."""
     cache = context.cache
     if cache is None or kwargs.get("past_key_values") is None:
@@ -168,7 +164,7 @@ def _gather_kwargs(
     dims = {**_TOKEN_DIMENSION, **state.controller.token_kwargs}
     for name, dim in dims.items():
         if kwargs.get(name) is not None and plan.index is not None:
-            result[name] = _remembered(plan, name, kwargs[name], dim)
+            result[name] = _remembered(plan, plan.index, name, kwargs[name], dim)
     implementation = state.controller.base_implementation
     if "flash" in implementation and "position_ids" in result:
         # gaps in the ids of one row would be read as packed sequences (transformers 5.23,
@@ -178,23 +174,21 @@ def _gather_kwargs(
     return result
 
 
-def _remembered(plan: Plan, name: str, value: Any, dim: int) -> Any:
+def _remembered(plan: Plan, index: Tensor, name: str, value: Any, dim: int) -> Any:
     """Gather once per plan and argument; layers that reuse the plan share the result."""
     key = (name, id(value))
     if plan.gathered is not None and key in plan.gathered:
         return plan.gathered[key][1]
     if isinstance(value, (tuple, list)):
-        taken = tuple(_take_tokens(part, plan.index, dim) for part in value)
+        taken = tuple(_take_tokens(part, index, dim) for part in value)
     else:
-        taken = _take_tokens(value, plan.index, dim)
+        taken = _take_tokens(value, index, dim)
     if plan.gathered is not None:
         plan.gathered[key] = (value, taken)
     return taken
 
 
-def _mask(
-    state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[str, Any]
-) -> Any:
+def _mask(state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[str, Any]) -> Any:
     """The mask over the running rows and the physical columns, None where HF's would be."""
     mask, slot = kwargs.get("attention_mask"), None
     if context.cache is not None and kwargs.get("past_key_values") is not None:

@@ -27,13 +27,17 @@ BUILT_IN = ("attention", "random", "key_norm", "position", "router")
 class Scorer(Protocol):
     """Scores the new tokens of a forward before a layer runs.
 
-    Attributes:
-        untrained: Text that structures the prompt is protected from it.
-        needs_attention: It reads the previous layer's attention.
+    Text that structures the prompt is protected from an `untrained` one; one that
+    `needs_attention` reads the previous layer's.
     """
 
-    untrained: bool
-    needs_attention: bool
+    @property
+    def untrained(self) -> bool:
+        """Whether nothing was learned."""
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether it reads the layer before."""
 
     def scores(
         self, context: ForwardContext, layer: nn.Module, index: int, hidden: Tensor

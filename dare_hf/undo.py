@@ -13,7 +13,6 @@ class _Missing:
     """Says that an instance had no such attribute; the class itself survives a deepcopy."""
 
 
-
 @dataclass
 class UndoRecord:
     """What was changed on foreign objects, undone in reverse order.

@@ -77,16 +77,16 @@ def locate(model: nn.Module) -> Anatomy:
     owner_path, _, name = spec.layers.rpartition(".")
     try:
         text_model = model.get_submodule(owner_path)
-        layers = tuple(getattr(text_model, name))
+        layers: tuple[nn.Module, ...] = tuple(getattr(text_model, name))
     except AttributeError as error:
         raise UnsupportedModelError(
             f"expected the decoder layers of a {spec.model_type} at '{spec.layers}'; "
             f"{type(model).__name__} has none there. Pass the model that has generate "
             f"(…ForConditionalGeneration): see {SUPPORT_PAGE}"
         ) from error
-    text_config = text_model.config
+    text_config: Any = text_model.config
     _check_layers(layers, text_config)
-    hooked = (model, model.model) if text_model is not model else (model,)
+    hooked = (model, model.get_submodule("model"))
     return Anatomy(spec, layers, text_model, text_config, hooked)
 
 
