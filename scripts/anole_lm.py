@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import anole_files
@@ -78,25 +78,32 @@ class Sampler:
         weight += [1.0, 1.0, 1.0, plan.answer_weight, 1.0, 1.0]
         return ids, weight, prompt
 
-    def batch(self, step: int, longest: int) -> tuple[Tensor, Tensor, int]:
-        """Batch number `step` -> ids [batch, n], weights [batch, n], prompt length."""
+    def batch(self, step: int, longest: int, naming: float) -> tuple[Tensor, Tensor, int]:
+        """Batch number `step` -> ids [rows, n], weights [rows, n], prompt length.
+
+        A share `naming` of the batches has no actions: the red point stands on a letter at once, so
+        that a hundred tokens teach to name it, where a full solution takes hundreds.
+        """
         rng = np.random.default_rng([self.plan.seed, step])
         length = int(rng.integers(1, longest + 1))
+        name_only = rng.random() < naming
         # One batch in ten numbers its actions from 2 or 3, so that the words 7 and 8 are learned.
         first = int(rng.integers(2, 4)) if rng.random() < 0.1 else 1
         # Short mazes have few layouts: the split's hash, not the size, keeps evaluation disjoint.
-        size, base = self.plan.batch, step * self.plan.batch
+        size, base = self.plan.batch * (1 + name_only), step * 2 * self.plan.batch
         rows = []
         for k in range(size):
             item = maze.sample_one("train", self.plan.seed, base + k, length=length)
+            if name_only:
+                item = replace(item, start=item.path()[-1], actions=())
             rows.append(self.example(item, first))
         ids = torch.tensor(np.array([row[0] for row in rows]))
         return ids, torch.tensor([row[1] for row in rows]), rows[0][2]
 
 
-def longest_at(progress: float) -> int:
-    """Curriculum: the most actions of a batch at this share of the run."""
-    return 2 if progress < 0.12 else 3 if progress < 0.5 else 6
+def curriculum(progress: float) -> tuple[int, float]:
+    """The most actions of a batch, and the share of naming batches, at this share of the run."""
+    return (2, 0.4) if progress < 0.12 else (3, 0.4) if progress < 0.65 else (6, 0.1)
 
 
 def learning_rate(plan: Plan, seen: int) -> float:
@@ -125,7 +132,8 @@ def loss_and_marks(
             "image": right[code].float().mean().item(),
             "changed": right[code & (weight > 1)].float().mean().item(),
             "text": right[text].float().mean().item(),
-            "answer": right[:, -3].float().mean().item(),
+            "naming": right[:, -3].float().mean().item() if not code.any() else math.nan,
+            "answer": right[:, -3].float().mean().item() if code.any() else math.nan,
         }
     return loss, marks
 
@@ -181,7 +189,7 @@ def train_lm(plan: Plan, vq: dict, codes: np.ndarray, out: Path, bf16: bool, log
         seen = step * plan.batch
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = learning_rate(plan, seen)
-        ids, weight, prompt = sampler.batch(step, longest_at(seen / plan.samples))
+        ids, weight, prompt = sampler.batch(step, *curriculum(seen / plan.samples))
         loss, mark = loss_and_marks(model, ids, weight, prompt, bf16)
         model.zero_grad()
         loss.backward()
@@ -193,7 +201,7 @@ def train_lm(plan: Plan, vq: dict, codes: np.ndarray, out: Path, bf16: bool, log
         marks.append({"loss": loss.item(), **mark})
         done = step * plan.batch >= plan.samples
         if step % 50 == 0 or done:
-            mean = {k: round(float(np.mean([m[k] for m in marks])), 5) for k in marks[0]}
+            mean = {k: round(float(np.nanmean([m[k] for m in marks])), 5) for k in marks[0]}
             pace = round(tokens / (time.time() - started))
             log({"stage": "lm", "samples": step * plan.batch, **mean, "tokens_per_s": pace})
             marks, started, tokens = [], time.time(), 0
