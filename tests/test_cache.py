@@ -146,7 +146,7 @@ class TestInHf:
         ids = inputs["input_ids"][1:]
         expected = model(ids).logits[:, -1]
         cache = DareCache()
-        modes = [torch.inference_mode, torch.no_grad, torch.inference_mode, torch.no_grad]
+        modes = [torch.inference_mode, torch.inference_mode, torch.no_grad, torch.inference_mode]
         for i, mode in enumerate(modes):
             with mode():
                 got = model(ids[:, i * 3 : i * 3 + 3], past_key_values=cache).logits
@@ -344,6 +344,13 @@ class TestMemory:
         layer.keep_columns(layer.positions() >= 0, [2, 1])
         assert layer._slabs is slab
 
+    def test_compaction_never_revives_a_hole(self):
+        layer = filled([[0, 1, 2], [-1, -1, 1]], seen=3)
+        keep = torch.tensor([[False, True, True], [True, True, True]])
+        layer.keep_columns(keep, [2, 1])
+        assert layer.positions().tolist() == [[1, 2], [-1, 1]]
+        assert layer.kept_host == layer.kept_lengths().tolist() == [2, 1]
+
     def test_crop_gives_memory_back(self):
         layer = DareLayer()
         layer.update(*random_kv(1, 1000))
@@ -513,6 +520,16 @@ class TestRollback:
         self.forward(cache, layers=2)
         cache.rollback()
         assert (len(cache), len(cache.log), cache.is_initialized) == (0, 0, False)
+
+    def test_brings_back_what_was_cropped_and_written_over(self):
+        layer = filled([[0, 2]], seen=3)
+        decode(layer, 3)
+        keys = layer.keys.clone()
+        layer.begin()
+        layer.crop(-2)
+        decode(layer, 2)
+        layer.rollback()
+        assert torch.equal(layer.keys, keys)
 
     def test_after_commit_does_nothing(self):
         cache = DareCache()
