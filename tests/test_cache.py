@@ -5,16 +5,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
-from dare_hf.cache import DareCache, DareLayer, TokenLog
+from dare_hf.cache import DareCache, DareLayer
 from dare_hf.cache.ring import QueryRing
 from dare_hf.cache.slab import limit, roomy
 from dare_hf.errors import DareInputError, DareStateError
 from dare_hf.hops import HopState
-
-# The same sums in another memory layout: a few units in the last place of logits around 10.
-LOGITS_TOLERANCE = 1e-5
 
 
 def random_kv(rows: int, count: int, heads: int = 2, dim: int = 4, **kwargs):
@@ -49,110 +46,7 @@ def _no_grad():
         yield
 
 
-@pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        pad_token_id=0,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-@pytest.fixture
-def inputs() -> dict[str, torch.Tensor]:
-    ids = torch.randint(1, 64, (2, 9)).repeat(1, 3)
-    ids[0, :4] = 0
-    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
-
-
-class TestInHf:
-    """Without DARE it is a DynamicCache: HF's own code gets the same from both."""
-
-    @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-    def test_logits_of_prefill_chunks_and_steps(self, model, inputs, attention):
-        model.set_attn_implementation(attention)
-        ours, theirs = DareCache(config=model.config), DynamicCache(config=model.config)
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        for start, end in [(0, 9), (9, 20), (20, 21), (21, 22)]:
-            kwargs = {"attention_mask": mask[:, :end], "input_ids": ids[:, start:end]}
-            expected = model(past_key_values=theirs, **kwargs).logits
-            got = model(past_key_values=ours, **kwargs).logits
-            torch.testing.assert_close(got, expected, rtol=0, atol=LOGITS_TOLERANCE)
-            assert ours.get_seq_length() == theirs.get_seq_length() == end
-
-    @pytest.mark.parametrize(
-        "how",
-        [
-            {},
-            {"num_beams": 3},
-            {"num_beams": 2, "num_return_sequences": 2},
-            {"do_sample": True, "num_return_sequences": 3},
-            {"prefill_chunk_size": 4},
-        ],
-        ids=str,
-    )
-    def test_generate(self, model, inputs, how):
-        tokens = []
-        for cache in (DynamicCache(config=model.config), DareCache()):
-            torch.manual_seed(1)
-            kwargs = {**inputs, **how, "max_new_tokens": 12}
-            tokens.append(model.generate(past_key_values=cache, **kwargs))
-        assert torch.equal(*tokens)
-
-    @pytest.mark.parametrize("how", ["prompt_lookup", "assistant"])
-    def test_speculative_decoding_crops(self, model, inputs, how):
-        ids = inputs["input_ids"][1:]
-        if how == "assistant":
-            extra = {"assistant_model": copy.deepcopy(model)}
-        else:
-            extra = {"prompt_lookup_num_tokens": 4}
-        expected = model.generate(ids, max_new_tokens=24)
-        cache = DareCache()
-        got = model.generate(ids, past_key_values=cache, max_new_tokens=24, **extra)
-        assert torch.equal(got, expected)
-        assert cache.get_seq_length() == ids.shape[1] + 23
-
-    def test_a_cache_is_carried_to_the_next_turn(self, model, inputs):
-        ids = inputs["input_ids"][1:]
-        cache = DareCache()
-        first = model.generate(ids, past_key_values=cache, max_new_tokens=5)
-        turn = torch.cat([first, ids[:, :4]], dim=1)
-        expected = model.generate(turn, max_new_tokens=5)
-        assert torch.equal(model.generate(turn, past_key_values=cache, max_new_tokens=5), expected)
-
-    def test_training_through_the_cache(self, model, inputs):
-        ids = inputs["input_ids"][1:]
-        weight = model.model.layers[0].self_attn.k_proj.weight
-        grads = []
-        with torch.enable_grad():
-            for cache in (DynamicCache(config=model.config), DareCache()):
-                model.zero_grad()
-                model(ids[:, :6], past_key_values=cache)
-                model(ids[:, 6:7], past_key_values=cache)
-                model(ids[:, 7:12], past_key_values=cache).logits.sum().backward()
-                grads.append(weight.grad.clone())
-        torch.testing.assert_close(*grads)
-
-    def test_inference_mode_and_no_grad_can_take_turns(self, model, inputs):
-        ids = inputs["input_ids"][1:]
-        expected = model(ids).logits[:, -1]
-        cache = DareCache()
-        modes = [torch.inference_mode, torch.inference_mode, torch.no_grad, torch.inference_mode]
-        for i, mode in enumerate(modes):
-            with mode():
-                got = model(ids[:, i * 3 : i * 3 + 3], past_key_values=cache).logits
-        got = model(ids[:, 12:], past_key_values=cache).logits[:, -1]
-        torch.testing.assert_close(got, expected, rtol=0, atol=LOGITS_TOLERANCE)
-
+class TestUse:
     def test_answers_before_anything_was_stored(self):
         cache = DareCache()
         assert cache.get_seq_length() == cache.get_query_offset() == 0
@@ -189,8 +83,8 @@ class TestLayers:
         cache.reorder_cache(torch.tensor([1, 0]))
         assert cache.kept_lengths().sum().item() == 2 * 2 * 2
 
-    def test_config_gives_their_number(self, model):
-        cache = DareCache(model.config)
+    def test_config_gives_their_number(self):
+        cache = DareCache(LlamaConfig(num_hidden_layers=3))
         assert len(cache) == 3
         assert not cache.is_initialized
 
@@ -345,11 +239,11 @@ class TestMemory:
         assert layer._slabs is slab
 
     def test_compaction_never_revives_a_hole(self):
-        layer = filled([[0, 1, 2], [-1, -1, 1]], seen=3)
+        layer = filled([[0, 1, 2], [0, -1, 2]], seen=3)
         keep = torch.tensor([[False, True, True], [True, True, True]])
-        layer.keep_columns(keep, [2, 1])
-        assert layer.positions().tolist() == [[1, 2], [-1, 1]]
-        assert layer.kept_host == layer.kept_lengths().tolist() == [2, 1]
+        layer.keep_columns(keep, [2, 2])
+        assert layer.positions().tolist() == [[1, 2], [0, 2]]
+        assert layer.kept_host == layer.kept_lengths().tolist() == [2, 2]
 
     def test_crop_gives_memory_back(self):
         layer = DareLayer()
@@ -590,54 +484,3 @@ class TestCopies:
         assert (cache.is_initialized, cache.hop_state.ends, cache.report) == (False, [], [1])
         cache.update(*random_kv(4, 2), 0)
         assert cache.batch_size == 4
-
-
-class TestTokenLog:
-    def test_counts_by_hop_leave_pads_out(self):
-        log = TokenLog()
-        log.append(torch.tensor([[-1, 0, 1, 1], [1, 1, 0, 0]]), torch.tensor([[0] * 4] * 2))
-        log.append(torch.tensor([[0, -1], [0, 0]]), torch.tensor([[1, 9], [1, 2]]))
-        assert log.counts_by_hop() == [
-            [[1, 2], [1, 0], [0, 0]],
-            [[2, 2], [1, 0], [1, 0]],
-        ]
-        assert TokenLog().counts_by_hop() == []
-
-    def test_lookup_by_position(self):
-        log = TokenLog()
-        log.append(torch.tensor([[0, 1, 1], [-1, 0, 1]]), torch.tensor([[0, 0, 3], [0, 0, 1]]))
-        modality, hop = log.lookup(torch.tensor([[-1, 2], [1, 2]]))
-        assert modality.tolist() == [[-1, 1], [0, 1]]
-        assert hop.tolist() == [[-1, 3], [0, 1]]
-
-    def test_tokens_to_keep_always_travel_along(self):
-        log = TokenLog()
-        log.append(torch.zeros(2, 2), torch.zeros(2, 2))
-        assert log.always is None
-        named = torch.tensor([[True, False], [False, True]])
-        log.append(torch.zeros(2, 2), torch.zeros(2, 2), named)
-        log.append(torch.zeros(2, 1), torch.zeros(2, 1))
-        log.reorder(torch.tensor([1, 0, 1]))
-        saved = log.snapshot()
-        log.crop(4)
-        log.repeat(2)
-        odd, even = [False] * 3 + [True], [False, False, True, False]
-        assert log.always.tolist() == [odd, odd, even, even, odd, odd]
-        assert saved.always.tolist() == [[*odd, False], [*even, False], [*odd, False]]
-        log.reset()
-        assert log.always is None
-
-    def test_many_steps_are_joined(self):
-        log = TokenLog()
-        for step in range(1000):
-            log.append(torch.full((1, 1), step % 2), torch.full((1, 1), step // 100))
-        assert len(log._modality) < 70
-        assert log.hop.tolist() == [[step // 100 for step in range(1000)]]
-        log.crop(150)
-        assert log.counts_by_hop() == [[[50, 50], [25, 25]]]
-
-    def test_another_number_of_rows_is_refused(self):
-        log = TokenLog()
-        log.append(torch.zeros(2, 1), torch.zeros(2, 1))
-        with pytest.raises(DareStateError, match="2 rows; got tokens of 3 rows"):
-            log.append(torch.zeros(3, 1), torch.zeros(3, 1))

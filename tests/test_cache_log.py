@@ -1,0 +1,61 @@
+"""The log of a sequence's tokens."""
+
+import pytest
+import torch
+
+from dare_hf.cache import TokenLog
+from dare_hf.errors import DareStateError
+
+
+def test_counts_by_hop_leave_pads_out():
+    log = TokenLog()
+    log.append(torch.tensor([[-1, 0, 1, 1], [1, 1, 0, 0]]), torch.tensor([[0] * 4] * 2))
+    log.append(torch.tensor([[0, -1], [0, 0]]), torch.tensor([[1, 9], [1, 2]]))
+    assert log.counts_by_hop() == [
+        [[1, 2], [1, 0], [0, 0]],
+        [[2, 2], [1, 0], [1, 0]],
+    ]
+    assert TokenLog().counts_by_hop() == []
+
+
+def test_lookup_by_position():
+    log = TokenLog()
+    log.append(torch.tensor([[0, 1, 1], [-1, 0, 1]]), torch.tensor([[0, 0, 3], [0, 0, 1]]))
+    modality, hop = log.lookup(torch.tensor([[-1, 2], [1, 2]]))
+    assert modality.tolist() == [[-1, 1], [0, 1]]
+    assert hop.tolist() == [[-1, 3], [0, 1]]
+
+
+def test_tokens_to_keep_always_travel_along():
+    log = TokenLog()
+    log.append(torch.zeros(2, 2), torch.zeros(2, 2))
+    assert log.always is None
+    named = torch.tensor([[True, False], [False, True]])
+    log.append(torch.zeros(2, 2), torch.zeros(2, 2), named)
+    log.append(torch.zeros(2, 1), torch.zeros(2, 1))
+    log.reorder(torch.tensor([1, 0, 1]))
+    saved = log.snapshot()
+    log.crop(4)
+    log.repeat(2)
+    odd, even = [False] * 3 + [True], [False, False, True, False]
+    assert log.always.tolist() == [odd, odd, even, even, odd, odd]
+    assert saved.always.tolist() == [[*odd, False], [*even, False], [*odd, False]]
+    log.reset()
+    assert log.always is None
+
+
+def test_many_steps_are_joined():
+    log = TokenLog()
+    for step in range(1000):
+        log.append(torch.full((1, 1), step % 2), torch.full((1, 1), step // 100))
+    assert len(log._modality) < 70
+    assert log.hop.tolist() == [[step // 100 for step in range(1000)]]
+    log.crop(150)
+    assert log.counts_by_hop() == [[[50, 50], [25, 25]]]
+
+
+def test_another_number_of_rows_is_refused():
+    log = TokenLog()
+    log.append(torch.zeros(2, 1), torch.zeros(2, 1))
+    with pytest.raises(DareStateError, match="2 rows; got tokens of 3 rows"):
+        log.append(torch.zeros(3, 1), torch.zeros(3, 1))
