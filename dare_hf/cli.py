@@ -79,11 +79,15 @@ def demo(
     runs under the preset "safe", a drawn image ending a hop. Everything runs offline on the CPU.
     """
     with _one_line_errors():
+        import torch
         from rich.console import Console
+        from transformers.utils import logging
 
         from dare_hf.demo import comparison, embedded, picture
         from dare_hf.tasks import maze
 
+        torch.set_num_threads(1)  # so small a model's threads would only wait for each other
+        logging.disable_progress_bar()
         console = Console(stderr=as_json)
         network, processor = embedded.load_embedded(model.value)
         split = "hard" if hard else "easy"

@@ -35,7 +35,9 @@ def _comparison(n: int) -> object:
     from dare_hf.tasks.mvot import Score
 
     score = Score(n, 0.96, (0.9, 0.99), 0.0, 0.98, 3 * n)
-    return Comparison(Side(score, 10**10, 2_000_000, 2.0), Side(score, 4 * 10**9, 10**6, 1.0))
+    return Comparison(
+        Side(score, 10**10, 2_000_000, 500, 2.0), Side(score, 4 * 10**9, 10**6, 500, 1.0)
+    )
 
 
 @pytest.fixture

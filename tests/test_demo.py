@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dare_hf import DareConfig
+from dare_hf.demo import embedded
 from dare_hf.errors import DareConfigError, DareStateError
 from dare_hf.testing import tiny_inputs, tiny_model
 
@@ -57,6 +59,7 @@ def test_the_plain_sides_cost_is_what_transformers_runs() -> None:
     cost = _UnprunedCost(model)
     cost(BatchOutput((0, 1), inputs, output, inputs["input_ids"].shape[1]))
     assert cost.flops == counter.get_total_flops()
+    assert cost.sampled == 10
     layers = output.past_key_values.layers
     stored = sum(t.numel() * t.itemsize for layer in layers for t in (layer.keys, layer.values))
     assert cost.kv_bytes == stored
@@ -65,8 +68,6 @@ def test_the_plain_sides_cost_is_what_transformers_runs() -> None:
 def test_unknown_and_missing_models_are_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
-    from dare_hf.demo import embedded
-
     with pytest.raises(DareConfigError, match=r"expected anole, got 'volcano' .*planned"):
         embedded.load_embedded("volcano")
     with pytest.raises(DareConfigError, match=r"got 'x'$"):
@@ -74,3 +75,54 @@ def test_unknown_and_missing_models_are_refused(
     monkeypatch.setattr(embedded, "ASSETS", tmp_path)
     with pytest.raises(DareStateError, match="reinstall"):
         embedded.load_embedded("anole")
+
+
+needs_the_model = pytest.mark.skipif(
+    not (embedded.ASSETS / embedded.MODELS["anole"] / "config.json").exists(),
+    reason="the embedded model is not in this tree",
+)
+
+
+@needs_the_model
+@pytest.mark.slow
+def test_both_sides_count_the_same_when_nothing_is_pruned() -> None:
+    from dare_hf.demo.comparison import compare
+    from dare_hf.tasks import maze
+
+    model, processor = embedded.load_embedded("anole")
+    delimiters = (processor.image_end_token_id,)
+    everything = DareConfig(
+        vision_retention=1.0, text_retention=1.0, schedule="constant", hop_delimiters=delimiters
+    )
+    told = []
+    result = compare(
+        model,
+        processor,
+        maze.sample(3, "easy", seed=3),
+        config=everything,
+        batch_size=2,
+        progress=lambda side, done, total: told.append((side, done, total)),
+    )
+    assert result.full.score == result.dare.score
+    assert result.full.sampled == result.dare.sampled
+    assert result.full.flops == result.dare.flops
+    assert result.full.kv_bytes == result.dare.kv_bytes
+    sides = [(side, done, 3) for side in ("full", "DARE") for done in (0, 2, 3)]
+    assert told == sides
+
+
+@needs_the_model
+@pytest.mark.slow
+def test_picture_has_a_column_for_each_hop() -> None:
+    from dare_hf.demo.picture import draw
+    from dare_hf.tasks import maze
+
+    model, processor = embedded.load_embedded("anole")
+    figure = draw(model, processor, maze.sample(8, "easy", seed=1))
+    top, bottom = figure.subfigs
+    assert len(bottom.axes) == 3
+    assert [axes.get_title().split()[0] for axes in bottom.axes] == ["early", "middle", "late"]
+    for axes in bottom.axes:
+        assert len(axes.get_xticks()) == len(top.axes), "a hop begins after each image"
+        # A triangle: image i is there from hop i + 1 on.
+        assert len(axes.images) == len(top.axes) * (len(top.axes) + 1) // 2

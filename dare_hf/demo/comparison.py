@@ -29,12 +29,14 @@ class Side:
         score: Accuracy and images drawn right.
         flops: FLOPs of all generate calls: decoder layers, scorers and lm_head.
         kv_bytes: Bytes of the caches at the end of each generate call, summed.
+        sampled: Tokens sampled, pads fed to rows that had ended among them.
         seconds: Wall-clock time, from building the inputs to reading the answers.
     """
 
     score: mvot.Score
     flops: int
     kv_bytes: int
+    sampled: int
     seconds: float
 
 
@@ -100,12 +102,12 @@ class _UnprunedCost:
         self.shapes = accounting.shapes_of(parts.layers, parts.text_config)
         self.hidden, self.vocab = parts.text_config.hidden_size, parts.text_config.vocab_size
         self.itemsize = model.dtype.itemsize
-        self.flops = self.kv_bytes = 0
+        self.flops = self.kv_bytes = self.sampled = 0
 
     def __call__(self, batch: mvot.BatchOutput) -> None:
         prompts = batch.inputs["attention_mask"].sum(1).tolist()
-        ids = getattr(batch.outputs, "sequences", batch.outputs)
-        sampled = ids.shape[1] - batch.prompt_length
+        sampled = _sampled_columns(batch)
+        self.sampled += sampled * len(prompts)
         self.flops += accounting.unpruned_generate_flops(
             self.shapes, prompts, sampled, hidden=self.hidden, vocab=self.vocab
         )
@@ -118,12 +120,18 @@ class _ReportedCost:
 
     def __init__(self, model: ChameleonForConditionalGeneration) -> None:
         self.model = model
-        self.flops = self.kv_bytes = 0
+        self.flops = self.kv_bytes = self.sampled = 0
 
     def __call__(self, batch: mvot.BatchOutput) -> None:
         report = last_report(self.model)
         self.flops += sum(report.flops.values())
         self.kv_bytes += report.kv_bytes
+        self.sampled += _sampled_columns(batch) * len(batch.indices)
+
+
+def _sampled_columns(batch: mvot.BatchOutput) -> int:
+    ids = getattr(batch.outputs, "sequences", batch.outputs)
+    return ids.shape[1] - batch.prompt_length
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,8 @@ class _Run:
         mvot.solve(self.model, self.processor, self.items[:_WARM_UP_ITEMS])
         progress = self.progress
         tell = None if progress is None else lambda done, total: progress(name, done, total)
+        if tell is not None:
+            tell(0, len(self.items))
         start = time.perf_counter()
         solutions = mvot.solve(
             self.model,
@@ -149,7 +159,7 @@ class _Run:
             progress=tell,
         )
         seconds = time.perf_counter() - start
-        return Side(mvot.score(solutions), cost.flops, cost.kv_bytes, seconds)
+        return Side(mvot.score(solutions), cost.flops, cost.kv_bytes, cost.sampled, seconds)
 
 
 def table(result: Comparison, title: str) -> Table:
@@ -160,13 +170,12 @@ def table(result: Comparison, title: str) -> Table:
     lines = Table(title=title, title_justify="left")
     for name, justify in (("", "left"), ("full", "right"), ("DARE", "right"), ("ratio", "right")):
         lines.add_column(name, justify=justify)
-    for name, one, two in (
-        ("accuracy", full.score.accuracy, dare.score.accuracy),
-        ("images drawn right", full.score.images_right, dare.score.images_right),
-    ):
-        lines.add_row(name, f"{one:.1%}", f"{two:.1%}", ratio(two, one))
+    one, two, lengths = full.score, dare.score, (full.sampled, dare.sampled)
+    lines.add_row("accuracy", *_percent(one.accuracy, two.accuracy))
     spans = (f"{low:.0%} to {high:.0%}" for low, high in _intervals(result))
-    lines.add_row("  accuracy, 95 % interval", *spans, "")
+    lines.add_row("  95 % interval", *spans, "")
+    lines.add_row("images drawn right", *_percent(one.images_right, two.images_right))
+    lines.add_row("tokens sampled", *map(str, lengths), ratio(lengths[1], lengths[0]))
     flops = (f"{side.flops / 1e9:.1f}" for side in (full, dare))
     lines.add_row("GFLOPs", *flops, ratio(dare.flops, full.flops))
     stored = (amount(side.kv_bytes, "B") for side in (full, dare))
@@ -174,6 +183,10 @@ def table(result: Comparison, title: str) -> Table:
     seconds = (f"{side.seconds:.1f}" for side in (full, dare))
     lines.add_row("seconds", *seconds, ratio(dare.seconds, full.seconds))
     return lines
+
+
+def _percent(full: float, dare: float) -> tuple[str, str, str]:
+    return f"{full:.1%}", f"{dare:.1%}", ratio(dare, full)
 
 
 def _intervals(result: Comparison) -> list[tuple[float, float]]:
