@@ -163,8 +163,8 @@ def _controller(
         text_retention=config.text_retention,
         cut_layer=config.cut_layer,
         plan_every=config.plan_every,
-        max_hops=config.max_hops,
-        hop_decay=config.hop_decay,
+        max_hops=config.max_hops if config.hop_aware else 1,
+        hop_decay=config.hop_decay if config.hop_aware else 1.0,
         scorer_needs_history=scorer.needs_attention,
     )
     prunes_text = min(min(row) for row in table.text) < 1.0
@@ -242,7 +242,8 @@ def _attach(target: nn.Module, controller: Controller, undo: UndoRecord) -> None
         undo.set(layer, "_dare", layer_state)
         undo.set(layer.self_attn, "_dare", layer_state)
         undo.set(layer, "forward", types.MethodType(routed_forward, layer))
-    if controller.config.resolved_hop_score == "observed" or controller.scorer.needs_attention:
+    observes = controller.config.resolved_hop_score == "observed"
+    if observes or controller.scorer.needs_attention or controller.rules.closes_hops:
         name = observed_name(controller.base_implementation)
         for config in _attention_configs(target, anatomy):
             undo.set(config, "_attn_implementation_internal", name)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 PREFIX = "dare_"
 WINDOW = 32
+# Queries a layer remembers: the window, and as many again that a hop may have closed before.
+RING = 2 * WINDOW
 
 
 def observed_name(implementation: str) -> str:
@@ -50,10 +52,13 @@ def _observing(implementation: str) -> Any:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         function = _original(module, implementation)
-        output = function(module, query, key, value, attention_mask, *args, **kwargs)
         state = module.__dict__.get("_dare")
-        if state is not None:
-            state.observe(query, key, value, attention_mask, kwargs.get("scaling"))
+        if state is None:
+            return function(module, query, key, value, attention_mask, *args, **kwargs)
+        tensors, scaling = (query, key, value), _scale(kwargs.get("scaling"), query)
+        mask = state.before_attention(tensors, attention_mask, scaling)
+        output = function(module, query, key, value, mask, *args, **kwargs)
+        state.after_attention(tensors, mask, scaling)
         return output
 
     attend.__name__ = PREFIX + implementation
@@ -71,7 +76,7 @@ def score_span(
     layer: int,
     tensors: tuple[Tensor, Tensor, Tensor],
     mask: Any,
-    scaling: float | None,
+    scaling: float,
 ) -> None:
     """Write the attention score of the span's tokens into the context.
 
@@ -81,7 +86,7 @@ def score_span(
         layer: The layer whose attention this is.
         tensors: query [B, H, K, d], key [B, Hkv, C, d] (cached tokens first), value.
         mask: What attention received.
-        scaling: Softmax scale, None for 1/sqrt(d).
+        scaling: Softmax scale.
     """
     query, key, value = tensors
     plan, columns = context.plans[layer], context.columns
@@ -90,7 +95,7 @@ def score_span(
     visible = _visible(mask, index, columns.expand(query.shape[0], -1), query.shape[2])
     span = torch.zeros(query.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
     span[:, key.shape[2] - query.shape[2] :] = plan.span_live(context)
-    scores = attention_scores(taken, key, value, visible, there, span, _scale(scaling, query))
+    scores = attention_scores(taken, key, value, visible, there, span, scaling)
     new = scores[:, key.shape[2] - query.shape[2] :]
     context.attention_score = plan.spread(new, context.attention_score, context)
     context.attention_layer = layer
@@ -113,36 +118,42 @@ def _scale(scaling: float | None, query: Tensor) -> float:
     return query.shape[-1] ** -0.5 if scaling is None else scaling
 
 
-def push_queries(slot: DareLayer, query: Tensor, columns: Tensor, scaling: float | None) -> None:
+def push_queries(slot: DareLayer, query: Tensor, columns: Tensor, scaling: float) -> None:
     """Remember the layer's last queries for the scores of hops that close later.
 
     Args:
         slot: The layer's cache.
         query: [B, H, K, d] of the running tokens.
         columns: Long[B|1, K] their logical positions, -1 for fills and pads.
-        scaling: Softmax scale, None for 1/sqrt(d).
+        scaling: Softmax scale.
     """
-    ring = slot.ring
-    if ring is None:
-        empty = query.new_zeros(query.shape[0], query.shape[1], 0, query.shape[3])
-        none = torch.zeros(query.shape[0], 0, dtype=torch.long, device=query.device)
-        ring = QueryRing(empty, none, _scale(scaling, query))
-    recent = columns[:, -WINDOW:].to(query.device).expand(query.shape[0], -1)
-    slot.ring = ring.pushed(query[:, :, -WINDOW:], recent, WINDOW)
+    ring = slot.ring or QueryRing.empty(query, scaling)
+    slot.ring = ring.pushed(query, columns.to(query.device).expand(query.shape[0], -1), RING)
 
 
-def observed_scores(slot: DareLayer, closed: Tensor) -> Tensor:
+def observed_scores(slot: DareLayer, closed: Tensor, ends: list[int]) -> Tensor:
     """Float32[B, C]: stored keys of closed hops scored by the layer's query ring.
 
     Args:
         slot: The layer's cache; without a ring every score is 0.
         closed: Bool[B, C] stored columns that belong to closed hops.
+        ends: Per row the last position of the hop that closed; later queries do not count.
     """
     ring, keys, values = slot.ring, slot.keys, slot.values
     if ring is None or keys is None or values is None:
         return torch.zeros(closed.shape, device=closed.device)
-    where = slot.positions()
-    seen = (where[:, None, :] <= ring.positions[:, :, None]) & (where >= 0)[:, None, :]
-    return attention_scores(
-        ring.query, keys, values, seen[:, None], ring.positions >= 0, closed, ring.scaling
-    )
+    return ring_scores(ring, (keys, values), slot.positions(), closed, ends)
+
+
+def ring_scores(
+    ring: QueryRing,
+    stored: tuple[Tensor, Tensor],
+    where: Tensor,
+    closed: Tensor,
+    ends: list[int],
+) -> Tensor:
+    """Float32[B, C]: keys and values at logical `where` scored by the last queries up to `ends`."""
+    last = ring.until(torch.tensor(ends).to(where.device, non_blocking=True), WINDOW)
+    seen = (where[:, None, :] <= last.positions[:, :, None]) & (where >= 0)[:, None, :]
+    there = last.positions >= 0
+    return attention_scores(last.query, *stored, seen[:, None], there, closed, ring.scaling)

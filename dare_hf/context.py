@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dare_hf.cache import DareCache
+    from dare_hf.hop_mask import InnerHops
     from dare_hf.plan import Plan
     from dare_hf.recorder import Recorder
 
@@ -89,6 +90,8 @@ class ForwardContext:
             attention_score: Float[B, S] running score of the attention scorer.
         attention_layer: The layer whose attention gave it last.
         columns: Long[B|1, C] logical position of each key of the layer that runs now.
+        column_scores: Float32[B, C'] stored scores of the cached ones among them.
+        inner_hops: The hops that begin inside this forward, None where none does.
         capture_layer: The layer that runs now and whose attention is to be read, -1 none.
     """
 
@@ -114,6 +117,8 @@ class ForwardContext:
     attention_score: Tensor | None = None
     attention_layer: int = -1
     columns: Tensor | None = None
+    column_scores: Tensor | None = None
+    inner_hops: InnerHops | None = None
     capture_layer: int = -1
     _local_index: Tensor | None = None
 

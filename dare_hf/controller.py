@@ -14,6 +14,7 @@ from dare_hf.accounting import shapes_of
 from dare_hf.cache import DareCache
 from dare_hf.compaction import compact
 from dare_hf.errors import DareInputError, DareStateError
+from dare_hf.hop_mask import InnerHops
 from dare_hf.plan import Planner
 from dare_hf.reading import close_context, open_context
 from dare_hf.recorder import Recorder
@@ -175,6 +176,8 @@ class Controller:
         recorder = self._recorder(cache, call)
         if cache is not None:
             recorder.note_compaction(compact(cache, self.config, self.table))
+            if InnerHops.inside(context):
+                context.inner_hops = InnerHops(context, cache.log, self.config, self.table)
             cache.begin()
         self._local.contexts.append(_Open(module, context, kwargs, started, recorder))
         return {k: v for k, v in kwargs.items() if k != "modality_mask"}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dare_hf.attention import PREFIX, push_queries, score_span
+from dare_hf.hop_mask import restrict
 from dare_hf.masks import gather_mask
 from dare_hf.plan import Plan, keep_all
 
@@ -44,17 +45,34 @@ class LayerState:
     causal: bool = True
     exempt: bool = False
 
-    def observe(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: Any) -> None:
-        """Called by the attention function of this layer (see `attention`)."""
-        context = self.controller.context
-        if context is None or context.columns is None or context.capture_layer != self.index:
+    def before_attention(
+        self, tensors: tuple[Tensor, Tensor, Tensor], mask: Any, scaling: float
+    ) -> Any:
+        """The mask this layer's attention shall use; called by its attention function."""
+        context = self._watched()
+        if context is None or context.inner_hops is None or context.columns is None:
+            return mask
+        with torch.no_grad():
+            allowed = context.inner_hops.allowed(context, self.index, tensors, scaling)
+            return restrict(mask, allowed, context.columns)
+
+    def after_attention(
+        self, tensors: tuple[Tensor, Tensor, Tensor], mask: Any, scaling: float
+    ) -> None:
+        """Read what attention has seen: the next layer's scores, the queries of the hop."""
+        context = self._watched()
+        if context is None or context.columns is None:
             return
         with torch.no_grad():
             if self.controller.captures(self.index, context):
-                score_span(context, self.index, (query, key, value), mask, scaling)
+                score_span(context, self.index, tensors, mask, scaling)
             if self.controller.keeps_queries and context.cache is not None:
-                running = context.columns[:, -query.shape[2] :]
-                push_queries(context.cache.layer(self.index), query, running, scaling)
+                running = context.columns[:, -tensors[0].shape[2] :]
+                push_queries(context.cache.layer(self.index), tensors[0], running, scaling)
+
+    def _watched(self) -> ForwardContext | None:
+        context = self.controller.context
+        return context if context is not None and context.capture_layer == self.index else None
 
 
 def parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
@@ -75,7 +93,8 @@ def routed_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
     state.controller.remember_context(kwargs, context)
     _stage(state, context, plan, kwargs)
     controller = state.controller
-    reads = controller.keeps_queries or controller.captures(state.index, context)
+    reads = controller.keeps_queries or context.inner_hops is not None
+    reads = reads or controller.captures(state.index, context)
     context.capture_layer = state.index if reads else -1
     if not _needs_gather(state, context, plan, kwargs):
         output = state.inner(hidden_states, **kwargs)
@@ -198,6 +217,7 @@ def _mask(state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[s
     columns = _columns(context, plan, slot if cached else None)
     if context.capture_layer == state.index:
         context.columns = columns
+        context.column_scores = slot.scores() if slot is not None and cached else None
     if mask is None and not holes and (cached == 0 or plan.width == 1):
         return None
     shared = cached == 0 and plan.gathered is not None

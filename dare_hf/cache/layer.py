@@ -317,7 +317,7 @@ class DareLayer(CacheLayerMixin):
         if removed == 0:
             return
         if self.ring is not None:
-            self.ring = self.ring.cropped(seen)
+            self.ring = self.ring.cropped(seen, removed if removed <= self._table.tail else 0)
         if self._slabs is None:
             table.advance(seen)
         elif removed <= table.tail:

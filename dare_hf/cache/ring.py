@@ -25,14 +25,40 @@ class QueryRing:
     positions: Tensor
     scaling: float
 
+    @classmethod
+    def empty(cls, like: Tensor, scaling: float) -> QueryRing:
+        """No queries yet, of the shape and device of queries `like` [B, H, q, d]."""
+        where = torch.zeros(like.shape[0], 0, dtype=torch.long, device=like.device)
+        return cls(like.new_zeros(like.shape[0], like.shape[1], 0, like.shape[3]), where, scaling)
+
+    def until(self, ends: Tensor, window: int) -> QueryRing:
+        """Each row's last `window` queries at logical positions <= `ends` [B]."""
+        able = (self.positions >= 0) & (self.positions <= ends[:, None])
+        order = torch.arange(1, able.shape[1] + 1, device=able.device) * able
+        last = order.topk(min(window, able.shape[1]), dim=1).values.flip(1)
+        index = (last - 1).clamp(min=0)
+        view = index[:, None, :, None].expand(-1, self.query.shape[1], -1, self.query.shape[3])
+        where = self.positions.gather(1, index).masked_fill(last == 0, -1)
+        return QueryRing(self.query.gather(2, view), where, self.scaling)
+
     def pushed(self, query: Tensor, positions: Tensor, window: int) -> QueryRing:
         """With [B, H, q, d] newer queries, the oldest beyond `window` forgotten."""
-        joined = torch.cat([self.query, query.detach()], dim=2)[:, :, -window:]
-        where = torch.cat([self.positions, positions], dim=1)[:, -window:]
+        new, at = query.detach()[:, :, -window:], positions[:, -window:]
+        joined = torch.cat([self.query, new], dim=2)[:, :, -window:]
+        where = torch.cat([self.positions, at], dim=1)[:, -window:]
         return QueryRing(joined, where, self.scaling)
 
-    def cropped(self, length: int) -> QueryRing:
-        """Without queries at logical positions >= `length`."""
+    def cropped(self, length: int, dense: int) -> QueryRing:
+        """Without queries at logical positions >= `length`.
+
+        Args:
+            length: Logical tokens that stay.
+            dense: Trailing columns known to be exactly those queries in every row; they go
+                physically, so that rejected speculation does not crowd out what is remembered.
+        """
+        if dense:
+            stay = max(self.positions.shape[1] - dense, 0)
+            return QueryRing(self.query[:, :, :stay], self.positions[:, :stay], self.scaling)
         gone = self.positions >= length
         return QueryRing(self.query, self.positions.masked_fill(gone, -1), self.scaling)
 
