@@ -101,12 +101,16 @@ def _tokens(slot: DareLayer, config: DareConfig, ends: list[int]) -> StoredToken
         return StoredTokens(slot.positions(), slot.scores())
 
     def observed(closed: Tensor) -> Tensor:
-        new = observed_scores(slot, closed, ends).float()
-        scores = torch.maximum(OBSERVED_DECAY * slot.scores(), new)
+        scores = renewed(slot.scores(), observed_scores(slot, closed, ends), closed)
         slot.set_scores(scores)
         return scores
 
     return StoredTokens(slot.positions(), observed)
+
+
+def renewed(old: Tensor, new: Tensor, closed: Tensor) -> Tensor:
+    """Float32[B, C]: what a closed hop's observation makes of the scores; others stay."""
+    return torch.where(closed, torch.maximum(OBSERVED_DECAY * old, new.float()), old)
 
 
 def _to_host(counts: list[Tensor]) -> list[list[list[int]]]:

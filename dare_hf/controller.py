@@ -11,7 +11,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dare_hf.accounting import shapes_of
-from dare_hf.cache import DareCache
+from dare_hf.cache import DareCache, TokenLog
 from dare_hf.compaction import compact
 from dare_hf.errors import DareInputError, DareStateError
 from dare_hf.hop_mask import InnerHops
@@ -176,9 +176,10 @@ class Controller:
         recorder = self._recorder(cache, call)
         if cache is not None:
             recorder.note_compaction(compact(cache, self.config, self.table))
-            if InnerHops.inside(context):
-                context.inner_hops = InnerHops(context, cache.log, self.config, self.table)
             cache.begin()
+        if InnerHops.inside(context):
+            log = cache.log if cache is not None else TokenLog()
+            context.inner_hops = InnerHops(context, log, self.config, self.table)
         self._local.contexts.append(_Open(module, context, kwargs, started, recorder))
         return {k: v for k, v in kwargs.items() if k != "modality_mask"}
 

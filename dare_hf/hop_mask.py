@@ -13,7 +13,7 @@ import torch
 
 from dare_hf.attention import RING, ring_scores
 from dare_hf.cache.ring import QueryRing
-from dare_hf.compaction import OBSERVED_DECAY
+from dare_hf.compaction import renewed
 from dare_hf.errors import DareInputError
 from dare_hf.hop_pruning import HopPruner, StoredTokens
 
@@ -83,8 +83,8 @@ class InnerHops:
         for pruner, ends in self.steps:
             if ring is not None:
                 closed = pruner.closed(where)
-                new = ring_scores(ring, (key, value), where, closed, ends).float()
-                scores = torch.maximum(OBSERVED_DECAY * scores, new)
+                new = ring_scores(ring, (key, value), where, closed, ends)
+                scores = renewed(scores, new, closed)
             keep = pruner.keep(layer, StoredTokens(where, scores))
             due = torch.tensor(pruner.due).to(query.device)[:, None]
             after = (due > 0) & (hop >= due)
@@ -95,10 +95,12 @@ class InnerHops:
     def _ring(
         self, context: ForwardContext, layer: int, query: Tensor, where: Tensor, scaling: float
     ) -> QueryRing | None:
-        if not self.observed or context.cache is None:
+        if not self.observed:
             return None
-        ring = context.cache.layer(layer).ring or QueryRing.empty(query, scaling)
-        return ring.pushed(query, where[:, -query.shape[2] :], RING)
+        ring = context.cache.layer(layer).ring if context.cache is not None else None
+        ring = ring or QueryRing.empty(query, scaling)
+        running = where[:, where.shape[1] - query.shape[2] :]
+        return ring.pushed(query, running, RING + query.shape[2])
 
 
 def restrict(mask: Any, allowed: Tensor, columns: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class _Reader:
             valid = None if min(sampled) == self.length else valid
         if valid is not None:
             modality = modality.masked_fill(~valid, PAD)
-        closing = self._closings(0, valid)
+        closing = self._closings(valid)
         hops = self.state.open_hops()
         nothing = [[0, 0] for _ in range(self.batch)]
         return self._context(
@@ -110,6 +110,7 @@ class _Reader:
         columns = torch.arange(self.length, device=self.device)
         first = self.first if isinstance(self.first, int) else self.first[:, None]
         sampled_at = (columns >= first).expand(self.batch, -1)
+        self._check_labels(sampled_at)
         vision = self._span_vision(sampled_at)
         modality = torch.where(vision, VISION, TEXT).to(torch.int8)
         valid = self._padding()
@@ -126,8 +127,8 @@ class _Reader:
                 self.state.close(row, self.past - 1)
         hops = self.state.open_hops()
         closing: list[list[int]] = [[] for _ in rows]
-        if isinstance(self.first, int) and self.first < self.length:
-            closing = self._closings(self.first, None)
+        if any(r[4] for r in rows):
+            closing = self._closings(sampled_at if valid is None else sampled_at & valid)
         token_hop = self._token_hops(hops, closing)
         if any(r[4] for r in rows):
             opened = torch.tensor([[h == 0] for h in hops], device=self.device)
@@ -148,6 +149,26 @@ class _Reader:
             closing=closing,
             span_end=self._span_end() if ends else None,
         )
+
+    def _check_labels(self, sampled_at: Tensor) -> None:
+        """Refuse supervision this version cannot route as generate would."""
+        labels = self.arguments.get("labels")
+        if self.arguments.get("hop_ids") is not None:
+            raise DareInputError(
+                "hop_ids: expected none, hops are found by the configuration's delimiters; got "
+                "hop_ids. Leave them out"
+            )
+        if labels is None or isinstance(self.first, int):
+            return
+        skipped = (labels == -100) & sampled_at
+        valid = self._padding()
+        skipped = skipped if valid is None else skipped & valid
+        if bool(skipped.any()):
+            raise DareInputError(
+                "labels: expected -100 on the prompt only, then supervised tokens to the end; got "
+                "-100 after the first supervised token. Injected spans cannot be trained on yet: "
+                "run this forward inside `with dare_disabled(model)`, or supervise those tokens"
+            )
 
     def _context(self, **facts: Any) -> ForwardContext:
         keep = self.arguments.get("logits_to_keep", 0)
@@ -246,25 +267,38 @@ class _Reader:
         parts += [sampled_at & (modality >= 0), modality < 0]
         return torch.stack([part.sum(1) for part in parts], dim=1).tolist()
 
-    def _closings(self, first: int, valid: Tensor | None) -> list[list[int]]:
-        """Per row the logical positions at which sampled tokens of this forward close a hop."""
+    def _closings(self, sampled: Tensor | None) -> list[list[int]]:
+        """Per row the logical positions at which sampled tokens of this forward close a hop.
+
+        Args:
+            sampled: Bool[B, S] sampled real tokens; None when all new tokens are.
+        """
         rules, state = self.rules, self.state
         closing: list[list[int]] = [[] for _ in range(self.batch)]
         if not rules.closes_hops:
             return closing
-        start, ids = self.past + first, self.ids[:, first:]
-        found: list[list[bool]] | None = None
+        ends = torch.zeros(self.ids.shape, dtype=torch.bool, device=self.device)
         if rules.delimiters:
+            ids = self.ids if sampled is None else self.ids.masked_fill(~sampled, -1)
             ends = delimiter_ends(ids, state.tail, rules.delimiters)
-            found = (ends if valid is None else ends & valid).tolist()
+        able = torch.ones_like(ends) if sampled is None else sampled
+        flags = torch.stack([ends & able, able]).tolist() if self._must_look(sampled) else None
         for row in range(self.batch):
-            last = state.ends[row][-1] if state.ends[row] else start - 1
-            for offset in range(ids.shape[1]):
-                full = rules.window is not None and start + offset - last >= rules.window
-                if full or (found is not None and found[row][offset]):
-                    last = start + offset
+            last = state.ends[row][-1] if state.ends[row] else None
+            for column in range(self.length):
+                if flags is not None and not flags[1][row][column]:
+                    continue
+                position = self.past + column
+                last = position - 1 if last is None else last
+                full = rules.window is not None and position - last >= rules.window
+                if full or (flags is not None and flags[0][row][column]):
+                    last = position
                     closing[row].append(last)
         return closing
+
+    def _must_look(self, sampled: Tensor | None) -> bool:
+        """Whether closings depend on what is on the device; a window alone is host arithmetic."""
+        return bool(self.rules.delimiters) or sampled is not None
 
     def _token_hops(self, hops: list[int], closing: list[list[int]]) -> Tensor:
         """Int16[B, S]: the hop of each new token; a delimiter belongs to the hop it closes."""

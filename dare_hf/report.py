@@ -32,13 +32,13 @@ class DareReport:
         kv_bytes: Bytes of the real tokens the cache holds, measured on its tensors.
         kv_bytes_baseline: Bytes of an unpruned cache of the same rows and real tokens.
         kv_bytes_predicted: Bytes the rates promise, from token counts alone.
-        retention: [hop][layer][modality] share of all real tokens of "vision" or "text" in closed
+        retention: `[hop][layer][modality]` share of all real tokens of "vision" or "text" in closed
             hops and in the hop's own span that the layer holds when the hop's sampled tokens begin;
             None where there is no such token.
-        tokens: {"vision" | "text": [hop]} real tokens processed.
+        tokens: `{"vision" | "text": [hop]}` real tokens processed.
         hops: Number of hops, the prompt's hop 0 included; of the row that has most.
         seconds: Wall-clock time.
-        skipped_layers: [layer] sampled tokens that skipped the layer (routed decode); else empty.
+        skipped_layers: `[layer]` sampled tokens that skipped the layer (routed decode); else empty.
         notes: What was left unpruned, and why.
     """
 

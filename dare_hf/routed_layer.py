@@ -140,6 +140,9 @@ def _select(
         return plan
     with torch.no_grad():
         scores = controller.scorer.scores(context, layer, index, hidden.detach())
+        if any(context.sampled) and not controller.stores_scores:
+            # a step of its own would give a sampled token no score either
+            scores = scores.masked_fill(~context.span_and_forced()[0], 0.0)
         return controller.planner.plan(context, index, scores, before)
 
 
@@ -155,7 +158,7 @@ def _stage(state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[
         columns = plan.take(context.positions(), fill=-1)
         slot.plain = slot.plain and plan.plain
     scores = None
-    if plan.scores is not None and state.controller.stores_scores:
+    if plan.scores is not None:
         scores = plan.take(plan.scores)
     running = plan.running(context)
     slot.stage(columns, context.past + context.length, running, scores)
