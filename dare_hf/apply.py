@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers.utils import logging
 
 from dare_hf.adapters import Anatomy, locate
@@ -28,8 +29,6 @@ from dare_hf.undo import UndoRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from torch import nn
 
     from dare_hf.report import DareReport
 
@@ -79,6 +78,10 @@ def apply_dare(
     if not isinstance(config, DareConfig):
         raise DareConfigError(f"config: expected a DareConfig; got {type(config).__name__}")
     target = _unwrap(model)
+    if not isinstance(target, nn.Module):
+        raise UnsupportedModelError(
+            f"model: expected a loaded vision-language model of transformers; got {model!r}"
+        )
     if "_dare" in vars(target):
         raise DareStateError(
             "expected a model without DARE; this one has it. Call remove_dare(model) first"
@@ -107,17 +110,14 @@ def remove_dare(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def dare_disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Run the plain model inside the block.
+    """Run the plain model inside the block, in this thread.
 
     Raises:
         DareStateError: The model has no DARE.
     """
     controller = _state(_unwrap(model)).controller
-    controller.disabled += 1
-    try:
+    with controller.disable():
         yield model
-    finally:
-        controller.disabled -= 1
 
 
 def last_report(model: nn.Module) -> DareReport:
@@ -130,7 +130,7 @@ def last_report(model: nn.Module) -> DareReport:
 
 
 def _state(target: nn.Module) -> ModelState:
-    state = vars(target).get("_dare")
+    state = getattr(target, "__dict__", {}).get("_dare")
     if state is None:
         raise DareStateError(
             "expected a model with DARE; this one has none. Call apply_dare(model) first"

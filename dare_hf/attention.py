@@ -8,7 +8,7 @@ mask function of the same name is registered with it: without one, masks vanish 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -28,6 +28,34 @@ PREFIX = "dare_"
 WINDOW = 32
 # Queries a layer remembers: the window, and as many again that a hop may have closed before.
 RING = 2 * WINDOW
+
+
+class AttentionCall(NamedTuple):
+    """How one attention is called.
+
+    Attributes:
+        scaling: Softmax scale.
+        window: Tokens a sliding layer sees where its mask does not say so, None for all.
+        mask: The mask of the running rows over the physical columns.
+    """
+
+    scaling: float
+    window: int | None
+    mask: Any
+
+
+class _BaseView:
+    """An attention module as its flash function must see it: with the original's name.
+
+    transformers 5.23 looks the flash kernels up by `module.config._attn_implementation`.
+    """
+
+    def __init__(self, module: Any, implementation: str) -> None:
+        self._module, self._attn_implementation = module, implementation
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        return _BaseView(value, self._attn_implementation) if name == "config" else value
 
 
 def observed_name(implementation: str) -> str:
@@ -53,12 +81,16 @@ def _observing(implementation: str) -> Any:
     ) -> tuple[Tensor, Tensor | None]:
         function = _original(module, implementation)
         state = module.__dict__.get("_dare")
+        caller = _BaseView(module, implementation) if "flash" in implementation else module
         if state is None:
-            return function(module, query, key, value, attention_mask, *args, **kwargs)
-        tensors, scaling = (query, key, value), _scale(kwargs.get("scaling"), query)
-        mask = state.before_attention(tensors, attention_mask, scaling)
-        output = function(module, query, key, value, mask, *args, **kwargs)
-        state.after_attention(tensors, mask, scaling)
+            return function(caller, query, key, value, attention_mask, *args, **kwargs)
+        tensors = (query, key, value)
+        call = AttentionCall(
+            _scale(kwargs.get("scaling"), query), kwargs.get("sliding_window"), attention_mask
+        )
+        call = call._replace(mask=state.before_attention(tensors, call))
+        output = function(caller, query, key, value, call.mask, *args, **kwargs)
+        state.after_attention(tensors, call)
         return output
 
     attend.__name__ = PREFIX + implementation
@@ -75,8 +107,7 @@ def score_span(
     context: ForwardContext,
     layer: int,
     tensors: tuple[Tensor, Tensor, Tensor],
-    mask: Any,
-    scaling: float,
+    call: AttentionCall,
 ) -> None:
     """Write the attention score of the span's tokens into the context.
 
@@ -85,32 +116,40 @@ def score_span(
             logical token each key is.
         layer: The layer whose attention this is.
         tensors: query [B, H, K, d], key [B, Hkv, C, d] (cached tokens first), value.
-        mask: What attention received.
-        scaling: Softmax scale.
+        call: How it was called.
     """
     query, key, value = tensors
     plan, columns = context.plans[layer], context.columns
     index, there = plan.queries(context, WINDOW)
     taken = query.gather(2, index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
-    visible = _visible(mask, index, columns.expand(query.shape[0], -1), query.shape[2])
+    visible = _visible(call, index, columns.expand(query.shape[0], -1), query.shape[2])
     span = torch.zeros(query.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
     span[:, key.shape[2] - query.shape[2] :] = plan.span_live(context)
-    scores = attention_scores(taken, key, value, visible, there, span, scaling)
+    scores = attention_scores(taken, key, value, visible, there, span, call.scaling)
     new = scores[:, key.shape[2] - query.shape[2] :]
     context.attention_score = plan.spread(new, context.attention_score, context)
     context.attention_layer = layer
 
 
-def _visible(mask: Any, index: Tensor, columns: Tensor, running: int) -> Tensor:
+def _visible(call: AttentionCall, index: Tensor, columns: Tensor, running: int) -> Tensor:
     """Bool[B, 1|H, W, C]: what the queries at `index` of the last `running` columns see."""
+    mask = call.mask
     if isinstance(mask, torch.Tensor) and mask.ndim == 4:
         mask = mask.expand(index.shape[0], -1, -1, -1)
         view = index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
         rows = mask.gather(2, view)
         return rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
-    # None, a flash mask or a block mask: causal over what is stored, good enough for a score
+    if hasattr(mask, "mask_mod"):
+        rows = torch.arange(index.shape[0], device=index.device)[:, None, None]
+        keys = torch.arange(columns.shape[1], device=index.device)
+        seen = mask.mask_mod(rows, torch.zeros_like(rows), index[:, :, None], keys)
+        return seen.expand(*index.shape, -1)[:, None]
+    # None, or a flash mask: causal over what is stored, within the layer's window
     own = columns.gather(1, index + columns.shape[1] - running)
-    seen = (columns[:, None, :] <= own[:, :, None]) & (columns >= 0)[:, None, :]
+    distance = own[:, :, None] - columns[:, None, :]
+    seen = (distance >= 0) & (columns >= 0)[:, None, :]
+    if call.window is not None:
+        seen = seen & (distance < call.window)
     return seen[:, None]
 
 

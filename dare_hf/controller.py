@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +21,7 @@ from dare_hf.reading import close_context, open_context
 from dare_hf.recorder import Recorder
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
@@ -49,6 +50,7 @@ class _Local(threading.local):
         self.contexts: list[_Open] = []
         self.calls: list[GenerationCall] = []
         self.last: Recorder | None = None
+        self.disabled = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Local:
         return _Local()
@@ -64,7 +66,6 @@ class Controller:
         rules: What the configuration says about single tokens.
         anatomy: Where the model's layers are.
         base_implementation: The attention implementation the model had.
-        disabled: How many `dare_disabled` blocks are open.
     """
 
     def __init__(
@@ -91,7 +92,6 @@ class Controller:
         rates = [rate for row in (*table.vision, *table.text) for rate in row]
         self.never_prunes = min(rates) >= 1.0 and config.max_kv_tokens is None
         self.token_kwargs = dict(anatomy.spec.token_kwargs)
-        self.disabled = 0
         self._local = _Local()
         self._recompute: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -104,6 +104,20 @@ class Controller:
             fresh = WeakTensorKeyDictionary() if name == "_recompute" else None
             setattr(twin, name, fresh if fresh is not None else copy.deepcopy(value, memo))
         return twin
+
+    @property
+    def disabled(self) -> bool:
+        """Whether this thread is inside a `dare_disabled` block."""
+        return self._local.disabled > 0
+
+    @contextmanager
+    def disable(self) -> Iterator[None]:
+        """Run the plain model in this thread."""
+        self._local.disabled += 1
+        try:
+            yield
+        finally:
+            self._local.disabled -= 1
 
     # what the routed layers ask
 
@@ -177,7 +191,7 @@ class Controller:
         if cache is not None:
             recorder.note_compaction(compact(cache, self.config, self.table))
             cache.begin()
-        if InnerHops.inside(context):
+        if InnerHops.inside(context, self.config):
             log = cache.log if cache is not None else TokenLog()
             context.inner_hops = InnerHops(context, log, self.config, self.table)
         self._local.contexts.append(_Open(module, context, kwargs, started, recorder))
@@ -214,7 +228,8 @@ class Controller:
         recorder = entry.recorder
         recorder.note_forward(context)
         capped = self.config.max_kv_tokens is not None
-        if capped and cache is not None and context.span_end is not None:
+        ended = context.span_end is not None and not any(context.sampled)
+        if capped and cache is not None and ended:
             recorder.note_compaction(compact(cache, self.config, self.table))
         context.cache = None
         if not self._local.calls:

@@ -39,9 +39,9 @@ class InnerHops:
     def __init__(
         self, context: ForwardContext, log: TokenLog, config: DareConfig, table: RetentionTable
     ) -> None:
-        last = context.past + context.length - 1
-        inner = [[end for end in ends if end < last] for ends in context.closing]
-        opened = [max(hop, 1) for hop in context.span_hop]
+        inner = _inner_ends(context, config)
+        capped = _capped_prompt(context, config)
+        opened = [max(hop, 0 if capped else 1) for hop in context.span_hop]
         extended = log.snapshot()
         extended.append(context.modality, context.token_hop, context.always)
         self.observed = config.resolved_hop_score == "observed"
@@ -53,10 +53,9 @@ class InnerHops:
             self.steps.append((HopPruner(extended, config, table, due), ends))
 
     @staticmethod
-    def inside(context: ForwardContext) -> bool:
-        """Whether a hop closes before the last token of this forward."""
-        last = context.past + context.length - 1
-        return any(end < last for ends in context.closing for end in ends)
+    def inside(context: ForwardContext, config: DareConfig) -> bool:
+        """Whether a hop closes, and prunes, before the last token of this forward."""
+        return any(_inner_ends(context, config))
 
     def allowed(
         self,
@@ -101,6 +100,23 @@ class InnerHops:
         ring = ring or QueryRing.empty(query, scaling)
         running = where[:, where.shape[1] - query.shape[2] :]
         return ring.pushed(query, running, RING + query.shape[2])
+
+
+def _inner_ends(context: ForwardContext, config: DareConfig) -> list[list[int]]:
+    """Per row the positions before the last one at which a hop closes and something may go."""
+    last = context.past + context.length - 1
+    inner = [[end for end in ends if end < last] for ends in context.closing]
+    if context.span_end is None or not _capped_prompt(context, config):
+        return inner
+    pairs = zip(context.span_hop, inner, strict=True)
+    return [[context.span_end, *ends] if hop == 0 else ends for hop, ends in pairs]
+
+
+def _capped_prompt(context: ForwardContext, config: DareConfig) -> bool:
+    """Whether sampled tokens follow the prompt in this forward under a cap on what is stored."""
+    end = context.span_end
+    follows = end is not None and end < context.past + context.length - 1
+    return config.max_kv_tokens is not None and follows
 
 
 def restrict(mask: Any, allowed: Tensor, columns: Tensor) -> Tensor:

@@ -102,23 +102,22 @@ class HopPruner:
         largest = [(max(r[g][TEXT] for r in rows), max(r[g][VISION] for r in rows)) for g in groups]
         wanted = torch.tensor(rows).to(where.device, non_blocking=True)
         keep = compaction_keep(scores, modality, hop, candidates, forced, wanted, largest)
-        keep = self._cap(keep, stored & ~closed, scores, forced)
+        keep = self._cap(keep, scores, forced)
         if self.alive is not None:
             gone = torch.where(closed & ~keep, index, self.alive.shape[1])
             marks = torch.nn.functional.pad(self.alive, (0, 1)).to(where.device)
             self.alive = marks.scatter(1, gone, False)[:, :-1]
         return keep | (stored & ~closed)
 
-    def _cap(self, keep: Tensor, fixed: Tensor, scores: Tensor, forced: Tensor) -> Tensor:
-        """Of `keep`, at most `max_kv_tokens` per row together with the `fixed` columns."""
+    def _cap(self, keep: Tensor, scores: Tensor, forced: Tensor) -> Tensor:
+        """Of `keep`, at most `max_kv_tokens` per row: a hop that begins has no token yet."""
         cap = self.config.max_kv_tokens
         if cap is None:
             return keep
-        room = (cap - fixed.sum(1)).clamp(min=0)
-        wanted = torch.stack([room, torch.zeros_like(room)], dim=1)
-        return keep_mask(
-            scores, torch.zeros_like(keep, dtype=torch.int8), keep, forced, wanted, (cap, 0)
-        )
+        one_kind = torch.zeros_like(keep, dtype=torch.int8)
+        wanted = torch.tensor([[cap, 0]]).to(keep.device, non_blocking=True)
+        wanted = wanted.expand(keep.shape[0], -1)
+        return keep_mask(scores, one_kind, keep, forced, wanted, (cap, 0))
 
     def closed(self, where: Tensor) -> Tensor:
         """Bool[B, C]: columns at logical `where` that belong to closed hops."""

@@ -10,6 +10,7 @@ from dare_hf.attention import WINDOW
 from dare_hf.compaction import stored_counts
 from dare_hf.report import ReportBuilder
 from dare_hf.routing.kinds import TEXT, VISION
+from dare_hf.routing.retention import UNSCORED_LAYERS
 
 if TYPE_CHECKING:
     from dare_hf.cache import DareCache
@@ -37,7 +38,7 @@ class Recorder:
             vocab=vocab,
             itemsize=controller.dtype.itemsize,
         )
-        self.needs_attention = controller.scorer.needs_attention
+        self.scorer = controller.config.scorer
         self.cache = cache
         self._real: list[int] = []
         self._held: list[list[list[int]]] = []
@@ -93,18 +94,21 @@ class Recorder:
         self._note_span(context)
 
     def _note_scoring(self, context: ForwardContext, keys: list[list[int]], phase: Phase) -> None:
-        hidden, flops = self.builder.hidden, 0
+        flops, tokens = 0, sum(context.real_counts)
         for index, plan in context.plans.items():
-            scored = plan.scores is not None and context.plans.get(index - 1) is not plan
-            if not scored:
+            if plan.scores is None or context.plans.get(index - 1) is plan:
                 continue
-            if self.needs_attention and index:
+            shape = self.shapes[index]
+            if self.scorer == "attention" and index >= UNSCORED_LAYERS:
+                shape = self.shapes[index - 1]
                 flops += sum(
-                    accounting.attention_scorer_flops(self.shapes[index - 1], WINDOW, n)
-                    for n in keys[index - 1]
+                    accounting.attention_scorer_flops(shape, min(WINDOW, sum(row)), n)
+                    for row, n in zip(context.plans[index - 1].kept, keys[index - 1], strict=True)
                 )
-            else:
-                flops += accounting.router_flops(hidden, sum(context.real_counts))
+            elif self.scorer in ("attention", "key_norm"):
+                flops += accounting.key_norm_scorer_flops(shape, self.builder.hidden, tokens)
+            elif self.scorer not in ("random", "position"):
+                flops += accounting.router_flops(self.builder.hidden, tokens)
         self.builder.scorer(flops, phase)
 
     def _note_span(self, context: ForwardContext) -> None:

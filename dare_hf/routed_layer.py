@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dare_hf.attention import PREFIX, push_queries, score_span
+from dare_hf.attention import PREFIX, AttentionCall, push_queries, score_span
 from dare_hf.hop_mask import restrict
 from dare_hf.masks import gather_mask
 from dare_hf.plan import Plan, keep_all
@@ -45,30 +45,26 @@ class LayerState:
     causal: bool = True
     exempt: bool = False
 
-    def before_attention(
-        self, tensors: tuple[Tensor, Tensor, Tensor], mask: Any, scaling: float
-    ) -> Any:
+    def before_attention(self, tensors: tuple[Tensor, Tensor, Tensor], call: AttentionCall) -> Any:
         """The mask this layer's attention shall use; called by its attention function."""
         context = self._watched()
         if context is None or context.inner_hops is None or context.columns is None:
-            return mask
+            return call.mask
         with torch.no_grad():
-            allowed = context.inner_hops.allowed(context, self.index, tensors, scaling)
-            return restrict(mask, allowed, context.columns)
+            allowed = context.inner_hops.allowed(context, self.index, tensors, call.scaling)
+            return restrict(call.mask, allowed, context.columns)
 
-    def after_attention(
-        self, tensors: tuple[Tensor, Tensor, Tensor], mask: Any, scaling: float
-    ) -> None:
+    def after_attention(self, tensors: tuple[Tensor, Tensor, Tensor], call: AttentionCall) -> None:
         """Read what attention has seen: the next layer's scores, the queries of the hop."""
         context = self._watched()
         if context is None or context.columns is None:
             return
         with torch.no_grad():
             if self.controller.captures(self.index, context):
-                score_span(context, self.index, tensors, mask, scaling)
+                score_span(context, self.index, tensors, call)
             if self.controller.keeps_queries and context.cache is not None:
                 running = context.columns[:, -tensors[0].shape[2] :]
-                push_queries(context.cache.layer(self.index), tensors[0], running, scaling)
+                push_queries(context.cache.layer(self.index), tensors[0], running, call.scaling)
 
     def _watched(self) -> ForwardContext | None:
         context = self.controller.context

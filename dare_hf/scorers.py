@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from dare_hf.errors import DareConfigError, DareInputError, DareStateError
+from dare_hf.routing.retention import UNSCORED_LAYERS
 from dare_hf.routing.scores import key_norm_scores, position_scores, random_scores
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ class AttentionScorer:
         Raises:
             DareStateError: The attention of the layer before was not seen.
         """
-        if index < 2:
+        if index < UNSCORED_LAYERS:
             return KeyNormScorer(self.key_path).scores(context, layer, index, hidden)
         if context.attention_score is None or context.attention_layer != index - 1:
             raise DareStateError(
