@@ -23,8 +23,8 @@ Log = Callable[[dict], None]
 class Plan:
     """Sizes and schedule of one training run; counts are in samples (one sample = one maze)."""
 
-    samples: int = 40_000
-    batch: int = 24
+    samples: int = 30_000
+    batch: int = 16
     lr: float = 2e-3
     warmup: int = 1_500
     decay: float = 0.3
@@ -78,7 +78,9 @@ class Sampler:
         weight += [1.0, 1.0, 1.0, plan.answer_weight, 1.0, 1.0]
         return ids, weight, prompt
 
-    def batch(self, step: int, longest: int, naming: float) -> tuple[Tensor, Tensor, int]:
+    def batch(
+        self, step: int, longest: int, naming: float, shifted: float
+    ) -> tuple[Tensor, Tensor, int]:
         """Batch number `step` -> ids [rows, n], weights [rows, n], prompt length.
 
         A share `naming` of the batches has no actions: the red point stands on a letter at once, so
@@ -87,8 +89,8 @@ class Sampler:
         rng = np.random.default_rng([self.plan.seed, step])
         length = int(rng.integers(1, longest + 1))
         name_only = rng.random() < naming
-        # One batch in ten numbers its actions from 2 or 3, so that the words 7 and 8 are learned.
-        first = int(rng.integers(2, 4)) if rng.random() < 0.1 else 1
+        # Some batches number their actions from 2 or 3, so that the words 7 and 8 are learned.
+        first = int(rng.integers(2, 4)) if rng.random() < shifted else 1
         # Short mazes have few layouts: the split's hash, not the size, keeps evaluation disjoint.
         size, base = self.plan.batch * (1 + name_only), step * 2 * self.plan.batch
         rows = []
@@ -101,9 +103,13 @@ class Sampler:
         return ids, torch.tensor([row[1] for row in rows]), rows[0][2]
 
 
-def curriculum(progress: float) -> tuple[int, float]:
-    """The most actions of a batch, and the share of naming batches, at this share of the run."""
-    return (2, 0.4) if progress < 0.12 else (3, 0.4) if progress < 0.65 else (6, 0.1)
+def curriculum(progress: float) -> tuple[int, float, float]:
+    """Most actions of a batch, share of naming and of shifted batches, by share of the run."""
+    if progress < 0.12:
+        return 2, 0.4, 0.1
+    if progress < 0.65:
+        return 3, 0.4, 0.1
+    return 6, 0.1, 0.5
 
 
 def learning_rate(plan: Plan, seen: int) -> float:
