@@ -16,6 +16,7 @@ from dare_hf.cache import DareCache, TokenLog
 from dare_hf.compaction import compact
 from dare_hf.errors import DareInputError, DareStateError
 from dare_hf.hop_mask import InnerHops
+from dare_hf.hop_pruning import never_thins
 from dare_hf.plan import Planner
 from dare_hf.reading import close_context, open_context
 from dare_hf.recorder import Recorder
@@ -91,6 +92,8 @@ class Controller:
             )
         rates = [rate for row in (*table.vision, *table.text) for rate in row]
         self.never_prunes = min(rates) >= 1.0 and config.max_kv_tokens is None
+        layers = range(len(anatomy.layers))
+        self._unthinned = {i for i in layers if never_thins(config, table, i)}
         self.token_kwargs = dict(anatomy.spec.token_kwargs)
         self._local = _Local()
         self._recompute: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -136,13 +139,13 @@ class Controller:
         """Whether scores must outlive the forward, for hops that close later."""
         return self.config.resolved_hop_score == "stored" and not self.never_prunes
 
-    @property
-    def keeps_queries(self) -> bool:
-        """Whether layers keep their last queries, for hops that close later."""
+    def keeps_queries(self, layer: int) -> bool:
+        """Whether a layer keeps its last queries, for hops that close later."""
+        if self.config.resolved_hop_score != "observed" or layer in self._unthinned:
+            return False
         call = self._local.calls[-1] if self._local.calls else None
         later = self.rules.closes_hops or call is None or call.continues
-        later = later or self.config.max_kv_tokens is not None
-        return later and self.config.resolved_hop_score == "observed" and not self.never_prunes
+        return later or self.config.max_kv_tokens is not None
 
     def is_exempt(self, layer: int) -> bool:
         """Whether a layer keeps everything whatever its rate."""

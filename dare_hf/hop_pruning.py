@@ -33,6 +33,13 @@ class StoredTokens(NamedTuple):
     scores: Tensor | Callable[[Tensor], Tensor]
 
 
+def never_thins(config: DareConfig, table: RetentionTable, layer: int) -> bool:
+    """Whether a layer keeps all its stored tokens at every hop, so that no score matters there."""
+    if config.max_kv_tokens is not None or config.pruned == "drop":
+        return False
+    return all(row[layer] >= 1.0 for row in (*table.vision, *table.text))
+
+
 class HopPruner:
     """The begin of one hop in some rows, over all layers in order.
 
@@ -87,6 +94,8 @@ class HopPruner:
         """Bool[B, C]: the stored columns of `layer` that stay; call it layer by layer."""
         where = tokens.where
         stored = where >= 0
+        if never_thins(self.config, self.table, layer):
+            return stored
         modality, hop = self.log.lookup(where)
         closed = self.closed(where)
         index = where.clamp(min=0)

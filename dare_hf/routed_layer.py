@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dare_hf.attention import PREFIX, AttentionCall, push_queries, score_span
+from dare_hf.attention import AttentionCall, push_queries, score_span
 from dare_hf.hop_mask import restrict
 from dare_hf.masks import gather_mask
 from dare_hf.plan import Plan, keep_all
@@ -62,7 +62,7 @@ class LayerState:
         with torch.no_grad():
             if self.controller.captures(self.index, context):
                 score_span(context, self.index, tensors, call)
-            if self.controller.keeps_queries and context.cache is not None:
+            if self.controller.keeps_queries(self.index) and context.cache is not None:
                 running = context.columns[:, -tensors[0].shape[2] :]
                 push_queries(context.cache.layer(self.index), tensors[0], running, call.scaling)
 
@@ -89,7 +89,7 @@ def routed_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
     state.controller.remember_context(kwargs, context)
     _stage(state, context, plan, kwargs)
     controller = state.controller
-    reads = controller.keeps_queries or context.inner_hops is not None
+    reads = controller.keeps_queries(state.index) or context.inner_hops is not None
     reads = reads or controller.captures(state.index, context)
     context.capture_layer = state.index if reads else -1
     if not _needs_gather(state, context, plan, kwargs):
@@ -136,6 +136,7 @@ def _select(
         return plan
     with torch.no_grad():
         scores = controller.scorer.scores(context, layer, index, hidden.detach())
+        scores = scores.to(context.device)
         if any(context.sampled) and not controller.stores_scores:
             # a step of its own would give a sampled token no score either
             scores = scores.masked_fill(~context.span_and_forced()[0], 0.0)
@@ -276,17 +277,12 @@ def _scatter(output: Any, hidden: Tensor, plan: Plan) -> Any:
         return output
     if isinstance(output, tuple):
         return (_scatter(output[0], hidden, plan), *output[1:])
+    index = None if plan.index is None else plan.index.to(hidden.device)
     if plan.live is not None:
-        index = plan.index
         source = hidden if index is None else _take_tokens(hidden, index, 1)
-        output = torch.where(plan.live[..., None], output, source)
-    if plan.index is None:
+        output = torch.where(plan.live.to(hidden.device)[..., None], output, source)
+    if index is None:
         return output
-    if plan.index.shape[0] == 1:
-        return hidden.index_copy(1, plan.index[0], output)
-    return hidden.scatter(1, plan.index[..., None].expand_as(output), output)
-
-
-def base_name(implementation: str) -> str:
-    """The attention implementation behind an observing twin's name."""
-    return implementation.removeprefix(PREFIX)
+    if index.shape[0] == 1:
+        return hidden.index_copy(1, index[0], output)
+    return hidden.scatter(1, index[..., None].expand_as(output), output)
