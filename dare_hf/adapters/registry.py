@@ -11,7 +11,7 @@ from dare_hf.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from torch import nn
 
-SUPPORT_PAGE = "docs/architecture.md#supported-models"
+SUPPORT_PAGE = "docs/supported-models.md"
 
 SPECS: dict[str, ModelSpec] = {
     spec.model_type: spec
