@@ -23,7 +23,7 @@ Log = Callable[[dict], None]
 class Plan:
     """Sizes and schedule of one training run; counts are in samples (one sample = one maze)."""
 
-    samples: int = 30_000
+    samples: int = 33_000
     batch: int = 16
     lr: float = 2e-3
     warmup: int = 1_500
@@ -79,17 +79,20 @@ class Sampler:
         return ids, weight, prompt
 
     def batch(
-        self, step: int, longest: int, naming: float, shifted: float
+        self, step: int, longest: int, naming: float, shifted: float, longer: float
     ) -> tuple[Tensor, Tensor, int]:
         """Batch number `step` -> ids [rows, n], weights [rows, n], prompt length.
 
         A share `naming` of the batches has no actions: the red point stands on a letter at once, so
         that a hundred tokens teach to name it, where a full solution takes hundreds.
+        A share `shifted` numbers its actions from 2 or 3; a share `longer` has `longest` + 1.
         """
         rng = np.random.default_rng([self.plan.seed, step])
         length = int(rng.integers(1, longest + 1))
+        if rng.random() < longer:
+            length = longest + 1
         name_only = rng.random() < naming
-        # Some batches number their actions from 2 or 3, so that the words 7 and 8 are learned.
+        # Without shifted batches the words 7 and 8 would never be learned.
         first = int(rng.integers(2, 4)) if rng.random() < shifted else 1
         # Short mazes have few layouts: the split's hash, not the size, keeps evaluation disjoint.
         size, base = self.plan.batch * (1 + name_only), step * 2 * self.plan.batch
@@ -103,13 +106,13 @@ class Sampler:
         return ids, torch.tensor([row[1] for row in rows]), rows[0][2]
 
 
-def curriculum(progress: float) -> tuple[int, float, float]:
-    """Most actions of a batch, share of naming and of shifted batches, by share of the run."""
+def curriculum(progress: float) -> tuple[int, float, float, float]:
+    """By share of the run: most actions; shares of naming, shifted and longer batches."""
     if progress < 0.12:
-        return 2, 0.4, 0.1
-    if progress < 0.65:
-        return 3, 0.4, 0.1
-    return 6, 0.1, 0.5
+        return 2, 0.4, 0.1, 0.0
+    if progress < 0.6:
+        return 3, 0.4, 0.1, 0.0
+    return 6, 0.1, 0.5, 0.0 if progress < 0.9 else 0.08
 
 
 def learning_rate(plan: Plan, seen: int) -> float:

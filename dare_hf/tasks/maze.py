@@ -35,7 +35,7 @@ _SPLITS: dict[str, tuple[int, tuple[int, int], tuple[int, int]]] = {
     # name: (stream number, sizes, action counts), both ranges inclusive
     "train": (0, (3, 6), (1, 6)),
     "easy": (1, (3, 6), (1, 6)),
-    "hard": (2, (7, 7), (5, 8)),
+    "hard": (2, (7, 7), (6, 8)),
 }
 
 PROMPT = (
@@ -139,7 +139,7 @@ def sample(n: int, split: Split = "easy", seed: int = 0, first: int = 0) -> list
     Args:
         n: Number of items.
         split: "train" and "easy": sizes 3 to 6, 1 to 6 actions, walls disjoint by `is_held_out`;
-            "hard": size 7, 5 to 8 actions, also on held-out walls only.
+            "hard": size 7, 6 to 8 actions, also on held-out walls only.
         seed: Stream seed.
         first: Index of the first item.
 
