@@ -86,6 +86,7 @@ class ForwardContext:
         span_end: Logical position at which the prompt's hop 0 ends, None while it goes on.
         head_rows: Rows the language-model head computes.
         plans: Per layer the plan it ran with.
+        full_plan: The plan under which all real tokens run, once a layer has asked for it.
         cached_before: Per layer the real tokens per row its cache held before.
             attention_score: Float[B, S] running score of the attention scorer.
         attention_layer: The layer whose attention gave it last.
@@ -114,6 +115,7 @@ class ForwardContext:
     span_end: int | None = None
     plans: dict[int, Plan] = field(default_factory=dict)
     cached_before: dict[int, list[int]] = field(default_factory=dict)
+    full_plan: Plan | None = None
     attention_score: Tensor | None = None
     attention_layer: int = -1
     columns: Tensor | None = None

@@ -100,9 +100,11 @@ class Plan:
 
 
 def keep_all(context: ForwardContext) -> Plan:
-    """The plan under which every real token runs."""
-    counts = [list(c) for c in context.counts]
-    return Plan(kept=counts, width=context.length, live=context.valid)
+    """The plan under which every real token runs; one for all layers of a forward."""
+    if context.full_plan is None:
+        counts = [list(c) for c in context.counts]
+        context.full_plan = Plan(kept=counts, width=context.length, live=context.valid)
+    return context.full_plan
 
 
 class Planner:

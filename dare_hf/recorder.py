@@ -71,7 +71,8 @@ class Recorder:
         """Count one forward, after its layers ran."""
         layers = range(len(self.shapes))
         plans = [context.plans[i] for i in layers]
-        queries = [plan.running(context) for plan in plans]
+        running = {id(plan): plan.running(context) for plan in plans}
+        queries = [running[id(plan)] for plan in plans]
         before = [context.cached_before.get(i) or [0] * context.batch for i in layers]
         keys = [
             [c + q for c, q in zip(b, run, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -132,7 +132,7 @@ def _select(
     if not controller.planner.prunes(context, index, before):
         plan = keep_all(context)
         if controller.stores_scores:
-            plan.scores = controller.scorer.scores(context, layer, index, hidden)
+            plan = replace(plan, scores=controller.scorer.scores(context, layer, index, hidden))
         return plan
     with torch.no_grad():
         scores = controller.scorer.scores(context, layer, index, hidden.detach())
