@@ -4,8 +4,8 @@
     python scripts/train_tiny_anole.py --out runs/anole --stage export --assets DIR
 
 Everything is drawn from seeds. On a shared machine set OMP_WAIT_POLICY=PASSIVE: two jobs of two
-spinning OpenMP threads each on two cores ran at a sixth of their speed. ANOLE_COMPILE=1 compiles the
-layers, which needs a C++ compiler.
+spinning OpenMP threads each on two cores ran at a sixth of their speed. ANOLE_COMPILE=1 compiles
+the layers, which needs a C++ compiler.
 """
 
 import argparse
