@@ -66,7 +66,7 @@ def chatter(model, inputs, **kwargs: Any):
     """Generate from a vocabulary of a few words, so that they repeat."""
     size = model.config.get_text_config().vocab_size
     others = [token for token in range(size) if token not in WORDS]
-    options = {"max_new_tokens": 2 * LONG, "suppress_tokens": others, **kwargs}
+    options = {"max_new_tokens": 28, "suppress_tokens": others, **kwargs}
     return generate(model, inputs, **options)
 
 
@@ -99,6 +99,7 @@ __all__ = [
     "PRUNED",
     "SPECIAL_IDS",
     "WORDS",
+    "CloseAt",
     "Watch",
     "chatter",
     "closing",
