@@ -70,10 +70,9 @@ def two_turns(model, cache, *, rows=1, run=generate):
     return inputs, first, more, turn, second
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("scorer", ["attention", SCORER])
+@pytest.mark.parametrize(("rows", "scorer"), [(1, SCORER), (2, "attention")])
 @pytest.mark.parametrize("name", TINY_MODELS)
-def test_two_turns_with_images_are_the_models_own_at_retention_one(name, scorer, rows):
+def test_two_turns_with_images_are_the_models_own_at_retention_one(name, rows, scorer):
     """Token for token what the unpatched model says over the same turns with its own cache."""
     model = shared_model(name)
     plain = DynamicCache(config=model.config.get_text_config())

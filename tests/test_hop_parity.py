@@ -100,7 +100,8 @@ def oracle_rules(fields) -> tuple[OracleRouting, HopRules]:
 
 def routing_cases():
     for name, key, rows in itertools.product(TINY_MODELS, ROUTINGS, BATCHES):
-        fast = key in ("bypass", "drop") or (name, rows) == ("llava", "padded")
+        usual = key in ("bypass", "drop") and rows == "padded"
+        fast = usual or (name == "llava" and rows == "alone")
         yield marked(name, key, rows, fast=fast)
 
 
@@ -178,7 +179,7 @@ NO_STORED_ATTENTION = pytest.mark.xfail(
 
 def score_cases():
     for name, key, rows in itertools.product(TINY_MODELS, SCORES, BATCHES):
-        fast = rows == "padded" and (name == "qwen2_5_vl" or key == "attention")
+        fast = rows == "alone" and (name == "qwen2_5_vl" or key == "attention")
         broken = NO_STORED_ATTENTION if key == "attention_stored" else None
         yield marked(name, key, rows, fast=fast, broken=broken)
 
@@ -232,9 +233,10 @@ NO_TAUGHT_CAP = pytest.mark.xfail(
 
 def teaching_cases():
     for name, key, rows in itertools.product(TINY_MODELS, TEACHING, BATCHES):
-        fast = key in ("bypass", "drop", "attention") or name == "qwen2_5_vl"
+        usual = key == "drop" and rows == "padded"
+        fast = usual or (name == "qwen2_5_vl" and rows == "alone")
         broken = NO_TAUGHT_CAP if key == "cap" else None
-        yield marked(name, key, rows, fast=fast and rows == "padded", broken=broken)
+        yield marked(name, key, rows, fast=fast, broken=broken)
 
 
 @pytest.mark.parametrize(("name", "teaching", "rows"), list(teaching_cases()))
