@@ -19,7 +19,7 @@ from laws import (
     shared_model,
 )
 
-from dare_hf import DareCache
+from dare_hf import DareCache, register_scorer
 from dare_hf.errors import DareStateError
 from dare_hf.routing.retention import build_table
 from dare_hf.testing import (
@@ -68,6 +68,15 @@ def steps_for(inputs):
     return STEPS[len(inputs["input_ids"])]
 
 
+def even_scores(hidden, modality, **kwargs):
+    """The content's score without its last bits: one word twice is a tie in every gemm shape."""
+    return (hashed_scores(hidden, modality, **kwargs) * 4096).round() / 4096
+
+
+EVEN = "test_even"
+register_scorer(EVEN, even_scores)
+
+
 def oracle_rules(fields) -> tuple[OracleRouting, HopRules]:
     """Say in the oracle's words what a config asks for."""
     hop_aware = fields.get("hop_aware", True)
@@ -110,11 +119,11 @@ def test_generate_with_hops_is_the_oracle(name, routing, rows):
     """The oracle chooses by slow loops what each hop keeps; it never asks the fast code."""
     model, plain = shared_model(name), unpatched(name)
     inputs = inputs_of(model, BATCHES[rows])
-    fields, span = {**BY_WORD, **ROUTINGS[routing]}, inputs["input_ids"].shape[1]
+    fields, span = {**BY_WORD, "scorer": EVEN, **ROUTINGS[routing]}, inputs["input_ids"].shape[1]
     with dare(model, **fields):
         out = closing(model, inputs, steps_for(inputs))
     written = written_inputs(plain, inputs, out.sequences[:, :-1])
-    oracle = hop_forward(plain, written, hashed_scores, *oracle_rules(fields), span=span)
+    oracle = hop_forward(plain, written, even_scores, *oracle_rules(fields), span=span)
     hold_steps(out, oracle.logits, span, what=f"{name}, {routing}")
     kept = torch.stack([layer.sum(1) for layer in oracle.held])
     cache = out.past_key_values
