@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,7 +52,9 @@ def fake_demo(monkeypatch: pytest.MonkeyPatch) -> None:
         return _comparison(len(items))
 
     figure = plot_retention([Image.new("RGB", (56, 56))], [np.ones((3, 1, 7, 7), dtype=bool)])
-    monkeypatch.setattr(embedded, "load_embedded", lambda name: (None, None))
+    monkeypatch.setattr(
+        embedded, "load_embedded", lambda name: (None, SimpleNamespace(image_end_token_id=7))
+    )
     monkeypatch.setattr(comparison, "compare", compare)
     monkeypatch.setattr(picture, "draw", lambda *rest: figure)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,20 @@ def load_embedded(name: str) -> tuple[ChameleonForConditionalGeneration, Chamele
     return model, AutoProcessor.from_pretrained(folder, local_files_only=True)
 
 
-def demo_config(processor: Any) -> DareConfig:
-    """The preset "safe" with the end of an image as the end of a hop."""
+def safe_config(processor: Any) -> DareConfig:
+    """The preset "safe", what a model nobody has measured gets, an image's end ending a hop."""
     return DareConfig.preset("safe", hop_delimiters=(processor.image_end_token_id,))
+
+
+def demo_config(processor: Any, name: str = "anole") -> DareConfig:
+    """The rates shipped beside a model, with the end of an image as the end of a hop.
+
+    They were found by pruning one layer at a time on training mazes
+    (scripts/ablate_anole_layers.py), not by training: tokens are scored by attention.
+    """
+    rates = json.loads((ASSETS / MODELS[name] / "dare_schedule.json").read_text())
+    return DareConfig(
+        schedule=tuple(zip(rates["vision"], rates["text"], strict=True)),
+        uniform_share=rates["uniform_share"],
+        hop_delimiters=(processor.image_end_token_id,),
+    )

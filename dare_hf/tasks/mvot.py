@@ -182,9 +182,7 @@ def _generate(
         k: v.to(model.device) for k, v in build_inputs(processor, rows).items()
     }
     length = inputs["input_ids"].shape[1]
-    step = processor.image_seq_length + _STEP_TEXT_IDS
-    # Room for one step too many, so that miscounting shows as such and not as a cut-off answer.
-    limits = [length + (len(item.actions) + 1) * step + _ANSWER_IDS for item in rows]
+    limits = [length + _room(processor, item) for item in rows]
     settings = {"do_sample": False, "max_new_tokens": max(limits) - length, **generate_kwargs}
     generate: Any = model.generate
     with allow_image_tokens(model):
@@ -197,6 +195,12 @@ def _generate(
     return BatchOutput(indices, inputs, outputs, length)
 
 
+def _room(processor: ChameleonProcessor, item: MazeItem) -> int:
+    """Ids a row may sample: one step too many, so that miscounting does not look like a cut-off."""
+    step = processor.image_seq_length + _STEP_TEXT_IDS
+    return (len(item.actions) + 1) * step + _ANSWER_IDS
+
+
 def _read(
     model: ChameleonForConditionalGeneration,
     processor: ChameleonProcessor,
@@ -205,6 +209,7 @@ def _read(
     decoder: VQPatchDecoder,
     prompt_length: int,
 ) -> Solution:
+    new = new[: _room(processor, item)]  # what follows its own limit is padding of the batch
     end = processor.tokenizer.eos_token_id
     if end in new:
         new = new[: new.index(end) + 1]
