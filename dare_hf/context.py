@@ -54,6 +54,7 @@ class GenerationCall:
         modality_mask: The caller's explicit mask over the prompt, or None.
         continues: Whether the caller can go on with the cache afterwards.
         recorder: Who counts this call; made by its first forward.
+        injecting: Whether the running forward brings injected columns: a span, whatever follows.
     """
 
     prompt_length: int
@@ -61,6 +62,7 @@ class GenerationCall:
     modality_mask: Tensor | None = None
     continues: bool = False
     recorder: Recorder | None = None
+    injecting: bool = False
 
 
 @dataclass
@@ -84,6 +86,7 @@ class ForwardContext:
         sampled: Real sampled tokens per row.
         closing: Per row the logical positions at which a hop closes in this forward.
         span_end: Logical position at which the prompt's hop 0 ends, None while it goes on.
+        injected: Whether the span came after other tokens: an injection or a new chat turn.
         head_rows: Rows the language-model head computes.
         plans: Per layer the plan it ran with.
         full_plan: The plan under which all real tokens run, once a layer has asked for it.
@@ -113,6 +116,7 @@ class ForwardContext:
     forced: Tensor | None = None
     always: Tensor | None = None
     span_end: int | None = None
+    injected: bool = False
     plans: dict[int, Plan] = field(default_factory=dict)
     cached_before: dict[int, list[int]] = field(default_factory=dict)
     full_plan: Plan | None = None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
@@ -10,30 +13,76 @@ from transformers.utils import logging
 from dare_hf.cache import DareCache
 from dare_hf.context import GenerationCall
 from dare_hf.controller import check_cache
-from dare_hf.errors import DareInputError
+from dare_hf.errors import DareInputError, DareStateError
 from dare_hf.modality import mask_to_modality
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
 logger = logging.get_logger("dare_hf")
 
 
+@dataclass
+class LoopOffer:
+    """A hop loop for the next generate of this context, past wrappers that check kwargs."""
+
+    loop: Any
+    taken: bool = False
+
+
+_OFFER: ContextVar[LoopOffer | None] = ContextVar("dare_hf_hop_loop", default=None)
+
+
+@contextmanager
+def offered_loop(loop: Any) -> Iterator[LoopOffer]:
+    """Let the first generate of a model with DARE inside the block run `loop`."""
+    offer = LoopOffer(loop)
+    token = _OFFER.set(offer)
+    try:
+        yield offer
+    finally:
+        _OFFER.reset(token)
+
+
+def _take_loop(kwargs: dict[str, Any]) -> Any:
+    """The hop loop of this call, taken out of its keyword arguments; None without one."""
+    offer, loop = _OFFER.get(), kwargs.pop("hop_loop", None)
+    if loop is None and offer is not None and not offer.taken:
+        offer.taken, loop = True, offer.loop
+    if loop is not None and not hasattr(loop, "prepare"):
+        raise DareInputError(
+            f"hop_loop: expected a dare_hf.generation.HopLoop; got {type(loop).__name__}. Pass "
+            "HopLoop(on_hop=...)"
+        )
+    return loop
+
+
 def routed_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """HF's generate with a DareCache; takes what it takes, and `modality_mask`.
+    """HF's generate with a DareCache; takes what it takes, `modality_mask` and `hop_loop`.
 
     Args:
         model: The model it was put on.
         args: As HF's generate.
         kwargs: As HF's generate, and modality_mask [B, tokens]: 1 for vision, 0 for text, over
-            the prompt; needed where only inputs_embeds are given.
+            the prompt; needed where only inputs_embeds are given. And hop_loop: a
+            `dare_hf.generation.HopLoop`.
 
     Raises:
-        DareInputError: A foreign cache, a cache_implementation, or a wrong modality_mask.
+        DareInputError: A foreign cache, a cache_implementation, a wrong modality_mask, or a
+            hop_loop together with what it cannot serve.
+        DareStateError: A hop_loop inside `dare_disabled`.
     """
     state = model._dare
     controller, inner = state.controller, state.generate
+    loop = _take_loop(kwargs)
     if controller.disabled:
+        if loop is not None:
+            raise DareStateError(
+                "hop_loop: expected DARE switched on, which counts the hops; got a generate inside "
+                "dare_disabled. Leave the block; retention 1.0 prunes nothing"
+            )
         return inner(*args, **kwargs)
     names = ("inputs", "generation_config")
     given = dict(zip(names, args, strict=False)) | kwargs
@@ -42,6 +91,8 @@ def routed_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     mask = kwargs.pop("modality_mask", None)
     call = _call(given, kwargs.get("past_key_values"), mask)
     call.continues = _continues(model, given, config)
+    if loop is not None:
+        args, kwargs = (), loop.prepare(model, call, args, kwargs)
     controller.enter_generate(call)
     started = time.perf_counter()
     try:

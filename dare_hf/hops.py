@@ -61,11 +61,13 @@ class HopState:
         ends: Per row, the logical position of the last token of each closed hop, ascending.
         compacted: Per row, the hop whose begin was last served by a compaction.
         tail: Last sampled ids per row [B, n], for delimiters of several ids; None when unused.
+        injected: Logical columns [start, end) of spans after the prompt; no window counts them.
     """
 
     ends: list[list[int]] = field(default_factory=list)
     compacted: list[int] = field(default_factory=list)
     tail: Tensor | None = None
+    injected: list[tuple[int, int]] = field(default_factory=list)
 
     def ensure(self, batch: int) -> None:
         """Make room for `batch` rows, all in hop 0."""
@@ -112,6 +114,7 @@ class HopState:
             self.ends = [[e for e in ends if e < length] for ends in self.ends]
             pairs = zip(self.compacted, self.ends, strict=True)
             self.compacted = [min(hop, len(ends)) for hop, ends in pairs]
+        self.injected = [(a, min(b, length)) for a, b in self.injected if a < length]
 
     def crop_tail(self, count: int) -> None:
         """Forget the last `count` sampled ids."""
@@ -123,9 +126,21 @@ class HopState:
         joined = ids if self.tail is None else torch.cat([self.tail, ids], dim=1)
         self.tail = joined[:, max(joined.shape[1] - count, 0) :]
 
+    def inject(self, rows: list[int], start: int, end: int) -> None:
+        """Note a span in columns [start, end); a delimiter cannot reach across it in `rows`."""
+        self.injected.append((start, end))
+        if self.tail is not None and rows:
+            self.tail = self.tail.clone()
+            self.tail[rows] = -1
+
+    def injected_between(self, last: int, position: int) -> int:
+        """Injected columns after `last`, up to and with `position`."""
+        overlaps = (min(b, position + 1) - max(a, last + 1) for a, b in self.injected)
+        return sum(max(overlap, 0) for overlap in overlaps)
+
     def reset(self) -> None:
         """Back to an empty sequence."""
-        self.ends, self.compacted, self.tail = [], [], None
+        self.ends, self.compacted, self.tail, self.injected = [], [], None, []
 
 
 def hop_state_of(cache: DareCache) -> HopState:

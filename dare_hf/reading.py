@@ -78,6 +78,11 @@ class _Reader:
         self.first = self._first_sampled()
 
     @property
+    def in_prompt(self) -> bool:
+        """Whether generate's own prompt and samples are read, not an injected span."""
+        return self.call is not None and not self.call.injecting
+
+    @property
     def all_sampled(self) -> bool:
         return self.ids is not None and isinstance(self.first, int) and self.first == 0
 
@@ -117,7 +122,7 @@ class _Reader:
         if valid is not None:
             modality = modality.masked_fill(~valid, PAD)
         span = (modality >= 0) & ~sampled_at
-        continues = self.call is not None and self.call.start < self.past
+        continues = self.in_prompt and self.call.start < self.past
         injected = self.past > 0 and not continues
         forced = self._forced(modality, span, injected)
         rows = self._host_counts(modality, span, forced, sampled_at)
@@ -148,6 +153,7 @@ class _Reader:
             sampled=[r[4] for r in rows],
             closing=closing,
             span_end=self._span_end() if ends else None,
+            injected=injected,
         )
 
     def _check_labels(self, sampled_at: Tensor) -> None:
@@ -188,6 +194,8 @@ class _Reader:
 
     def _first_sampled(self) -> int | Tensor:
         """New column of the first sampled token: one int, or Long[B] where labels tell."""
+        if self.call is not None and self.call.injecting:
+            return self.length
         if self.call is not None:
             return min(max(self.call.prompt_length - self.past, 0), self.length)
         labels = self.arguments.get("labels")
@@ -197,7 +205,7 @@ class _Reader:
 
     def _span_end(self) -> int:
         """Logical position of the last column a span can reach in this forward."""
-        if self.call is not None:
+        if self.in_prompt:
             return self.call.prompt_length - 1
         return self.past + self.length - 1
 
@@ -221,7 +229,7 @@ class _Reader:
 
     def _span_vision(self, sampled_at: Tensor) -> Tensor:
         arguments = self.arguments
-        if self.call is not None and self.call.modality_mask is not None:
+        if self.in_prompt and self.call.modality_mask is not None:
             vision = self._call_mask(self.call.modality_mask)
         else:
             vision = resolve_span(arguments, self.rules.vision_ids, self.length)
@@ -290,7 +298,8 @@ class _Reader:
                     continue
                 position = self.past + column
                 last = position - 1 if last is None else last
-                full = rules.window is not None and position - last >= rules.window
+                since = position - last - state.injected_between(last, position)
+                full = rules.window is not None and since >= rules.window
                 if full or (flags is not None and flags[0][row][column]):
                     last = position
                     closing[row].append(last)
@@ -327,6 +336,10 @@ def close_context(context: ForwardContext, arguments: Mapping[str, Any], rules: 
     for row, ends in enumerate(context.closing):
         for end in ends:
             state.close(row, end)
+    if context.injected:
+        first = context.past + context.length - max(context.sampled)
+        rows = [row for row, counts in enumerate(context.counts) if sum(counts)]
+        state.inject(rows, context.past, first)
     longest = max((len(s) for s in rules.delimiters), default=1)
     ids = arguments.get("input_ids")
     if longest > 1 and ids is not None and any(context.sampled):

@@ -1,0 +1,103 @@
+"""What a hop loop tells its callback, and what the callback may answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dare_hf.errors import DareInputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dare_hf.report import DareReport
+
+
+@dataclass(frozen=True)
+class HopState:
+    """A hop of one row that has just closed: its delimiter has been processed.
+
+    Attributes:
+        index: Number of the hop; 1 is the first after the prompt.
+        text: The hop's tokens as text, special tokens included; None without a processor.
+        ids: Long[n] on the CPU: injected tokens that opened the hop, then the sampled ones with the
+            delimiter. Images and features stand as placeholder ids.
+        images: Pictures of the hop: those injected at its begin, then those the model drew
+            (Chameleon-type models, where the loop has a processor and a decoder).
+        report: The report so far.
+        row: Row of the batch; with num_return_sequences, of the expanded batch.
+    """
+
+    index: int
+    text: str | None
+    ids: Tensor
+    images: list[Any]
+    report: DareReport
+    row: int
+
+
+@dataclass
+class HopInput:
+    """What opens a row's next hop: one field or several.
+
+    The order is images with the text, features, input_ids. Image tokens written in the text say
+    where its images go (without any they come first). Placeholder ids in text or input_ids say
+    where the features go.
+
+    Attributes:
+        text: Text, tokenised without special tokens of its own; needs a processor.
+        input_ids: Token ids [n].
+        images: A picture or several, as the processor takes them; needs a processor.
+        features: [n, D] vectors as the model's projector gives them, one token each. A grid
+            [height, width, D] says where each vector lies, for models with 2D positions (mrope);
+            vectors without a grid count on there like text.
+    """
+
+    text: str | None = None
+    input_ids: Sequence[int] | Tensor | None = None
+    images: Any = None
+    features: Tensor | None = None
+
+    @property
+    def pictures(self) -> list[Any]:
+        """The images as a list."""
+        if self.images is None:
+            return []
+        return list(self.images) if isinstance(self.images, (list, tuple)) else [self.images]
+
+
+@dataclass
+class Piece:
+    """One row's injected tokens.
+
+    Attributes:
+        ids: Token ids; placeholders where vectors go.
+        places: Whether each of them is a placeholder.
+        vectors: [p, D], one per placeholder, None without any.
+        grids: (placeholders, [t, h, w]) per image with a grid, (1, None) per vector without, in
+            their order.
+    """
+
+    ids: list[int]
+    places: list[bool]
+    vectors: Tensor | None = None
+    grids: list[tuple[int, Tensor | None]] = field(default_factory=list)
+
+    def runs(self) -> list[tuple[int, Tensor | None]]:
+        """Consecutive tokens that share a way of counting positions: (tokens, grid or None)."""
+        found: list[tuple[int, Tensor | None]] = []
+        images, at = iter(self.grids), 0
+        while at < len(self.ids):
+            if self.places[at]:
+                found.append(next(images))
+                if not all(self.places[at : at + found[-1][0]]):
+                    raise DareInputError(
+                        "HopInput: expected the placeholders of a grid side by side; got other "
+                        "tokens between them"
+                    )
+            else:
+                rest = self.places[at:]
+                found.append((rest.index(True) if True in rest else len(rest), None))
+            at += found[-1][0]
+        return found
