@@ -85,7 +85,8 @@ class ForwardContext:
         forced_counts: The same of `forced`.
         sampled: Real sampled tokens per row.
         closing: Per row the logical positions at which a hop closes in this forward.
-        span_end: Logical position at which the prompt's hop 0 ends, None while it goes on.
+        span_ends: Per row the logical position at which the prompt's hop 0 ends; None while it
+            goes on.
         injected: Whether the span came after other tokens: an injection or a new chat turn.
         head_rows: Rows the language-model head computes.
         plans: Per layer the plan it ran with.
@@ -115,7 +116,7 @@ class ForwardContext:
     span: Tensor | None = None
     forced: Tensor | None = None
     always: Tensor | None = None
-    span_end: int | None = None
+    span_ends: list[int] | None = None
     injected: bool = False
     plans: dict[int, Plan] = field(default_factory=dict)
     cached_before: dict[int, list[int]] = field(default_factory=dict)

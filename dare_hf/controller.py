@@ -158,6 +158,8 @@ class Controller:
             return False
         if after >= len(self.anatomy.layers) or self.table.plan_layers[after] != after:
             return False
+        if self.stores_scores:
+            return True
         return self.planner.prunes(context, after, context.plans.get(layer))
 
     def find_context(self, kwargs: Mapping[str, Any]) -> ForwardContext | None:
@@ -231,7 +233,7 @@ class Controller:
         recorder = entry.recorder
         recorder.note_forward(context)
         capped = self.config.max_kv_tokens is not None
-        ended = context.span_end is not None and not any(context.sampled)
+        ended = context.span_ends is not None and not any(context.sampled)
         if capped and cache is not None and ended:
             recorder.note_compaction(compact(cache, self.config, self.table))
         context.cache = None

@@ -106,16 +106,16 @@ def _inner_ends(context: ForwardContext, config: DareConfig) -> list[list[int]]:
     """Per row the positions before the last one at which a hop closes and something may go."""
     last = context.past + context.length - 1
     inner = [[end for end in ends if end < last] for ends in context.closing]
-    if context.span_end is None or not _capped_prompt(context, config):
+    if context.span_ends is None or not _capped_prompt(context, config):
         return inner
-    pairs = zip(context.span_hop, inner, strict=True)
-    return [[context.span_end, *ends] if hop == 0 else ends for hop, ends in pairs]
+    rows = zip(context.span_hop, context.span_ends, inner, strict=True)
+    return [[end, *ends] if hop == 0 and end < last else ends for hop, end, ends in rows]
 
 
 def _capped_prompt(context: ForwardContext, config: DareConfig) -> bool:
     """Whether sampled tokens follow the prompt in this forward under a cap on what is stored."""
-    end = context.span_end
-    follows = end is not None and end < context.past + context.length - 1
+    ends, last = context.span_ends, context.past + context.length - 1
+    follows = ends is not None and min(ends) < last
     return config.max_kv_tokens is not None and follows
 
 

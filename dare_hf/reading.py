@@ -152,7 +152,7 @@ class _Reader:
             forced_counts=[[r[2], r[3]] for r in rows],
             sampled=[r[4] for r in rows],
             closing=closing,
-            span_end=self._span_end() if ends else None,
+            span_ends=self._span_ends() if ends else None,
             injected=injected,
         )
 
@@ -203,11 +203,13 @@ class _Reader:
             return self.length - ((labels != -100).cumsum(1) > 0).sum(1)
         return self.length if self.past == 0 or self.length > 1 else 0
 
-    def _span_end(self) -> int:
-        """Logical position of the last column a span can reach in this forward."""
+    def _span_ends(self) -> list[int]:
+        """Per row the logical position of the last column a span can reach in this forward."""
         if self.in_prompt:
-            return self.call.prompt_length - 1
-        return self.past + self.length - 1
+            return [self.call.prompt_length - 1] * self.batch
+        if isinstance(self.first, torch.Tensor):
+            return (self.first + self.past - 1).tolist()
+        return [self.past + self.length - 1] * self.batch
 
     def _padding(self) -> Tensor | None:
         """Bool[B, S] real tokens, None when no mask says otherwise."""
@@ -329,10 +331,10 @@ def close_context(context: ForwardContext, arguments: Mapping[str, Any], rules: 
         return
     cache.log.append(context.modality, context.token_hop, context.always)
     state = hop_state_of(cache)
-    if context.span_end is not None:
+    if context.span_ends is not None:
         for row, ends in enumerate(state.ends):
             if not ends:
-                state.close(row, context.span_end)
+                state.close(row, context.span_ends[row])
     for row, ends in enumerate(context.closing):
         for end in ends:
             state.close(row, end)

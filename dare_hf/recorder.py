@@ -129,7 +129,7 @@ class Recorder:
                     self._totals[row][m] += counts[m]
                     for layer in range(len(self.shapes)):
                         self._held[layer][row][m] += context.plans[layer].kept[row][m]
-        if context.span_end is not None and not any(context.span_hop):
+        if context.span_ends is not None and not any(context.span_hop):
             self._record([0] * batch)
         if any(self._begun):
             self._record(self._begun)

@@ -194,6 +194,8 @@ class AttentionScorer:
         Raises:
             DareStateError: The attention of the layer before was not seen.
         """
+        if context.span is None:  # no attention score for sampled tokens: the hop's end gives one
+            return torch.zeros(hidden.shape[:2], device=hidden.device)
         if index < UNSCORED_LAYERS:
             return KeyNormScorer(self.key_path).scores(context, layer, index, hidden)
         if context.attention_score is None or context.attention_layer != index - 1:

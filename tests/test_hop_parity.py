@@ -20,7 +20,6 @@ from laws import (
 )
 
 from dare_hf import DareCache, register_scorer
-from dare_hf.errors import DareStateError
 from dare_hf.routing.retention import build_table
 from dare_hf.testing import (
     HopRules,
@@ -52,10 +51,9 @@ ROUTINGS = {
 }
 
 
-def marked(name: str, key: str, rows: str, *, fast: bool, broken: object = None):
-    """One case of a matrix; what is not fast is slow, what is broken says why."""
+def marked(name: str, key: str, rows: str, *, fast: bool):
+    """One case of a matrix; what is not fast is slow."""
     marks = [] if fast else [pytest.mark.slow]
-    marks += [broken] if broken is not None else []
     return pytest.param(name, key, rows, marks=marks, id=f"{name}-{key}-{rows}")
 
 
@@ -179,18 +177,10 @@ SCORES = {
 }
 
 
-NO_STORED_ATTENTION = pytest.mark.xfail(
-    strict=True,
-    raises=DareStateError,
-    reason="a sampled token is asked for an attention score (scorer='attention', stored)",
-)
-
-
 def score_cases():
     for name, key, rows in itertools.product(TINY_MODELS, SCORES, BATCHES):
         fast = rows == "alone" and (name == "qwen2_5_vl" or key == "attention")
-        broken = NO_STORED_ATTENTION if key == "attention_stored" else None
-        yield marked(name, key, rows, fast=fast, broken=broken)
+        yield marked(name, key, rows, fast=fast)
 
 
 @pytest.mark.parametrize(("name", "scores", "rows"), list(score_cases()))
@@ -233,19 +223,11 @@ TEACHING = {
 }
 
 
-NO_TAUGHT_CAP = pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a teacher-forced forward leaves max_kv_tokens out at the end of the prompt",
-)
-
-
 def teaching_cases():
     for name, key, rows in itertools.product(TINY_MODELS, TEACHING, BATCHES):
         usual = key == "drop" and rows == "padded"
         fast = usual or (name == "qwen2_5_vl" and rows == "alone")
-        broken = NO_TAUGHT_CAP if key == "cap" else None
-        yield marked(name, key, rows, fast=fast, broken=broken)
+        yield marked(name, key, rows, fast=fast)
 
 
 @pytest.mark.parametrize(("name", "teaching", "rows"), list(teaching_cases()))
