@@ -9,7 +9,7 @@ import torch
 
 from dare_hf.attention import observed_scores
 from dare_hf.hop_pruning import HopPruner, StoredTokens
-from dare_hf.hops import hop_state_of
+from dare_hf.hops import counters_of
 from dare_hf.routing.kinds import TEXT, VISION
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Compaction:
 
 def due_rows(cache: DareCache) -> list[int]:
     """Per row the first hop that has begun and was not served, 0 where there is none."""
-    state = hop_state_of(cache)
+    state = counters_of(cache)
     pairs = zip(state.open_hops(), state.compacted, strict=True)
     return [served + 1 if hop > served else 0 for hop, served in pairs]
 
@@ -65,7 +65,7 @@ def compact(cache: DareCache, config: DareConfig, table: RetentionTable) -> Comp
     """
     done = None
     while any(due := due_rows(cache)):
-        state = hop_state_of(cache)
+        state = counters_of(cache)
         state.compacted = [max(a, b) for a, b in zip(state.compacted, due, strict=True)]
         done = _begin_hops(cache, config, table, due)
     return done
@@ -77,7 +77,7 @@ def _begin_hops(
     pruner = HopPruner(cache.log, config, table, due)
     if max(due) == 1 and config.max_kv_tokens is None:
         return Compaction(due, [], pruner.totals())
-    state = hop_state_of(cache)
+    state = counters_of(cache)
     pairs = zip(state.ends, due, strict=True)
     ends = [row[hop - 1] if hop else -1 for row, hop in pairs]
     slots = [(i, slot) for i, slot in enumerate(cache.layers) if slot.rows]

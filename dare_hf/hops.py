@@ -50,7 +50,7 @@ def _encode(text: str, processor: Any) -> tuple[int, ...]:
 
 
 @dataclass
-class HopState:
+class HopCounters:
     """Hop counters of the rows of one cache: where each closed hop ended.
 
     A row's open hop is the number of hops it has closed. Hop 0 (the prompt) is closed by the
@@ -143,9 +143,9 @@ class HopState:
         self.ends, self.compacted, self.tail, self.injected = [], [], None, []
 
 
-def hop_state_of(cache: DareCache) -> HopState:
+def counters_of(cache: DareCache) -> HopCounters:
     """The hop counters of a cache that a model with DARE has used."""
-    return cast("HopState", cache.hop_state)
+    return cast("HopCounters", cache.hop_counters)
 
 
 def delimiter_ends(ids: Tensor, tail: Tensor | None, sequences: Sequence[Sequence[int]]) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from dare_hf.context import ForwardContext
 from dare_hf.errors import DareInputError
-from dare_hf.hops import HopState, delimiter_ends, hop_state_of
+from dare_hf.hops import HopCounters, counters_of, delimiter_ends
 from dare_hf.modality import mask_to_modality, resolve_span
 from dare_hf.routing.kinds import PAD, TEXT, VISION
 from dare_hf.routing.selection import image_borders, isin_ids, last_text_run, last_valid
@@ -48,10 +48,10 @@ def open_context(
     if source is None:
         raise DareInputError("expected input_ids or inputs_embeds; got neither")
     past = cache.get_seq_length() if cache is not None else 0
-    state = HopState()
+    state = HopCounters()
     if cache is not None:
-        cache.hop_state = cache.hop_state or state
-        state = hop_state_of(cache)
+        cache.hop_counters = cache.hop_counters or state
+        state = counters_of(cache)
     state.ensure(source.shape[0])
     reader = _Reader(arguments, source, past, cache, rules, call, state)
     return reader.decode() if reader.all_sampled else reader.span()
@@ -68,7 +68,7 @@ class _Reader:
         cache: DareCache | None,
         rules: TokenRules,
         call: GenerationCall | None,
-        state: HopState,
+        state: HopCounters,
     ) -> None:
         self.arguments, self.past, self.cache = arguments, past, cache
         self.rules, self.call, self.state = rules, call, state
@@ -330,7 +330,7 @@ def close_context(context: ForwardContext, arguments: Mapping[str, Any], rules: 
     if cache is None:
         return
     cache.log.append(context.modality, context.token_hop, context.always)
-    state = hop_state_of(cache)
+    state = counters_of(cache)
     if context.span_ends is not None:
         for row, ends in enumerate(state.ends):
             if not ends:

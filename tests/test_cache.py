@@ -11,7 +11,7 @@ from dare_hf.cache import DareCache, DareLayer
 from dare_hf.cache.ring import QueryRing
 from dare_hf.cache.slab import limit, roomy
 from dare_hf.errors import DareInputError, DareStateError
-from dare_hf.hops import HopState
+from dare_hf.hops import HopCounters
 
 
 def random_kv(rows: int, count: int, heads: int = 2, dim: int = 4, **kwargs):
@@ -371,7 +371,7 @@ class TestCrop:
 
     def test_log_and_hops_go_back(self):
         cache = DareCache()
-        cache.hop_state = HopState(ends=[[3, 6], [3]], compacted=[2, 1])
+        cache.hop_counters = HopCounters(ends=[[3, 6], [3]], compacted=[2, 1])
         cache.log.append(torch.zeros(2, 8), torch.tensor([[0] * 4 + [1] * 4] * 2))
         cache.update(*random_kv(2, 8), 0)
         assert cache.hops.tolist() == [2, 1]
@@ -394,12 +394,12 @@ class TestRollback:
 
     def test_leaves_everything_as_before(self):
         cache = DareCache()
-        cache.hop_state = HopState(ends=[[2], []], compacted=[0, 0])
+        cache.hop_counters = HopCounters(ends=[[2], []], compacted=[0, 0])
         self.forward(cache, layers=2)
         before = self.state(cache)
         cache.begin()
         self.forward(cache, layers=1, count=200)
-        cache.hop_state.close(1, 4)
+        cache.hop_counters.close(1, 4)
         cache.layer(5).stage(None, 4, [1, 1])
         cache.rollback()
         assert self.state(cache) == before
@@ -455,7 +455,7 @@ class TestCopies:
     def test_deepcopy_is_independent(self):
         cache = DareCache()
         cache.recorder = Counts([1, 2])
-        cache.hop_state = HopState(ends=[[1]], compacted=[0])
+        cache.hop_counters = HopCounters(ends=[[1]], compacted=[0])
         cache.log.append(torch.zeros(1, 3), torch.zeros(1, 3))
         layer = cache.layer(0)
         layer.stage(torch.tensor([[0, 2]]), 3, [2], torch.rand(1, 2))
@@ -465,7 +465,7 @@ class TestCopies:
         keys, scores = layer.keys.clone(), layer.scores()
         decode(twin.layer(0), 3)
         twin.layer(0).keys.zero_()
-        twin.hop_state.close(0, 4)
+        twin.hop_counters.close(0, 4)
         twin.crop(-4)
         assert torch.equal(layer.keys, keys)
         assert torch.equal(layer.scores(), scores)
@@ -476,11 +476,11 @@ class TestCopies:
     def test_reset_forgets_all_but_the_report(self):
         cache = DareCache()
         cache.recorder = Counts([1])
-        cache.hop_state = HopState(ends=[[1]], compacted=[0])
+        cache.hop_counters = HopCounters(ends=[[1]], compacted=[0])
         cache.log.append(torch.zeros(1, 3), torch.zeros(1, 3))
         cache.update(*random_kv(1, 3), 0)
         cache.reset()
         assert (cache.get_seq_length(), cache.allocated_bytes(), len(cache.log)) == (0, 0, 0)
-        assert (cache.is_initialized, cache.hop_state.ends, cache.report) == (False, [], [1])
+        assert (cache.is_initialized, cache.hop_counters.ends, cache.report) == (False, [], [1])
         cache.update(*random_kv(4, 2), 0)
         assert cache.batch_size == 4

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from dare_hf.cache import DareCache
 from dare_hf.errors import DareStateError
-from dare_hf.hops import HopState
+from dare_hf.hops import HopCounters
 
 # Layer 1 is never used. Layers differ in heads, dimensions and dtype: none may speak for another.
 SHAPES = {0: (1, 2, 2, torch.float64), 2: (2, 3, 1, torch.float32)}
@@ -49,7 +49,7 @@ class CacheMachine(RuleBasedStateMachine):
     @initialize(rows=st.integers(1, 3))
     def start(self, rows: int) -> None:
         self.cache = DareCache()
-        self.cache.hop_state = HopState()
+        self.cache.hop_counters = HopCounters()
         self.model = {i: Layer(rows) for i in SHAPES}
         self.log: list[list[tuple[int, int]]] = [[] for _ in range(rows)]
         self.next_id = 1

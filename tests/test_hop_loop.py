@@ -203,7 +203,7 @@ def test_a_loop_serves_a_later_turn(name, chunk):
 
 def sampled_tokens(out, row, prompt):
     """Columns of one row that hold sampled tokens: those whose logits chose them."""
-    spans = out.past_key_values.hop_state.injected
+    spans = out.past_key_values.hop_counters.injected
     inside = {c for start, end in spans for c in range(start, end)}
     columns = [c for c in range(prompt, out.sequences.shape[1]) if c not in inside]
     assert len(columns) == len(out.logits)
@@ -253,7 +253,7 @@ def test_an_injection_is_the_span_that_a_loop_of_ones_own_would_run(name, fields
         generate(model, inputs, max_new_tokens=1, past_key_values=cache)
         queue = [ids for ids in injected if ids]
         at = inputs["input_ids"].shape[1]
-        spans = dict(out.past_key_values.hop_state.injected)
+        spans = dict(out.past_key_values.hop_counters.injected)
         assert [b - a for a, b in spans.items()] == [len(ids) for ids in queue]
         while at < out.sequences.shape[1] - 1:
             end = spans.get(at, at + 1)

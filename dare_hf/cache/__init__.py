@@ -58,7 +58,7 @@ class _Saved(NamedTuple):
 
     layers: int
     log: TokenLog
-    hop_state: HopTracker | None
+    hop_counters: HopTracker | None
 
 
 class DareCache(Cache):
@@ -73,7 +73,7 @@ class DareCache(Cache):
 
     Attributes:
         log: Modality and hop of every logical token.
-        hop_state: Hop counters of the rows; None until a model with DARE has run.
+        hop_counters: Hop counters of the rows; None until a model with DARE has run.
         recorder: Who counted the run this cache was last used in, or None.
 
     Raises:
@@ -87,7 +87,7 @@ class DareCache(Cache):
         if config is not None:
             self.layers.extend(DareLayer() for _ in range(_num_layers(config)))
         self.log = TokenLog()
-        self.hop_state: HopTracker | None = None
+        self.hop_counters: HopTracker | None = None
         self.recorder: Recorder | None = None
         self._saved: _Saved | None = None
 
@@ -107,8 +107,8 @@ class DareCache(Cache):
     @property
     def hops(self) -> Int[Tensor, " rows"]:
         """The hop each row is in; 0 before the prompt has been processed."""
-        if self.hop_state is not None:
-            return torch.tensor(self.hop_state.open_hops(), dtype=torch.long)
+        if self.hop_counters is not None:
+            return torch.tensor(self.hop_counters.open_hops(), dtype=torch.long)
         return torch.zeros(max(self.batch_size, 0), dtype=torch.long)
 
     def kept_lengths(self) -> Int[Tensor, "layers rows"]:
@@ -179,9 +179,9 @@ class DareCache(Cache):
         if tokens_to_remove == 0:
             return
         self.log.crop(length)
-        if self.hop_state is not None:
-            self.hop_state.crop(length)
-            self.hop_state.crop_tail(-tokens_to_remove)
+        if self.hop_counters is not None:
+            self.hop_counters.crop(length)
+            self.hop_counters.crop_tail(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows `beam_idx`, as beam search does."""
@@ -190,8 +190,8 @@ class DareCache(Cache):
         for layer in self.layers:
             layer.reorder_cache(beam_idx, order)
         self.log.reorder(beam_idx)
-        if self.hop_state is not None:
-            self.hop_state.reorder(beam_idx)
+        if self.hop_counters is not None:
+            self.hop_counters.reorder(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices` (numbers or a mask)."""
@@ -202,8 +202,8 @@ class DareCache(Cache):
         for layer in self.layers:
             layer.batch_repeat_interleave(repeats)
         self.log.repeat(repeats)
-        if self.hop_state is not None:
-            self.hop_state.repeat(repeats)
+        if self.hop_counters is not None:
+            self.hop_counters.repeat(repeats)
 
     def reset(self) -> None:
         """Forget the sequence; the report of the last run stays."""
@@ -211,8 +211,8 @@ class DareCache(Cache):
             layer.reset()
         self.log.reset()
         self._saved = None
-        if self.hop_state is not None:
-            self.hop_state.reset()
+        if self.hop_counters is not None:
+            self.hop_counters.reset()
 
     # A forward that fails leaves no trace
 
@@ -223,7 +223,9 @@ class DareCache(Cache):
         """
         for layer in self.layers:
             layer.begin()
-        self._saved = _Saved(len(self.layers), self.log.snapshot(), copy.deepcopy(self.hop_state))
+        self._saved = _Saved(
+            len(self.layers), self.log.snapshot(), copy.deepcopy(self.hop_counters)
+        )
 
     def commit(self) -> None:
         """Keep what has happened since `begin`; called when a forward ends."""
@@ -239,7 +241,7 @@ class DareCache(Cache):
         del self.layers[saved.layers :]
         for layer in self.layers:
             layer.rollback()
-        self.log, self.hop_state = saved.log, saved.hop_state
+        self.log, self.hop_counters = saved.log, saved.hop_counters
 
 
 def _num_layers(config: PreTrainedConfig) -> int:

@@ -26,7 +26,7 @@ from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREF
 
 from dare_hf.errors import DareInputError
 from dare_hf.generation.hop_block import Block, Carried
-from dare_hf.hops import hop_state_of
+from dare_hf.hops import counters_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -150,9 +150,9 @@ class Decoding:
             self._choose(logits)
             if bool(self.unfinished.max() == 0):
                 return
-            before = hop_state_of(self.cache).open_hops()
+            before = counters_of(self.cache).open_hops()
             outputs = self._step()
-            after = hop_state_of(self.cache).open_hops()
+            after = counters_of(self.cache).open_hops()
             alive = self.unfinished.tolist() if before != after else []
             closed = [row for row, on in enumerate(alive) if on and after[row] > before[row]]
 

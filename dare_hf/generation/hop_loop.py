@@ -17,7 +17,7 @@ from dare_hf.generation.hop_decode import Decoding
 from dare_hf.generation.hop_input import HopInputReader
 from dare_hf.generation.hop_types import HopInput, HopState
 from dare_hf.generation.interleaved import decode_images, find_images, image_token_ids
-from dare_hf.hops import hop_state_of
+from dare_hf.hops import counters_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -174,7 +174,7 @@ class _Host:
         """What the rows whose hop has just closed get injected."""
         pieces = {}
         for row in rows:
-            index = hop_state_of(run.cache).open_hops()[row] - 1
+            index = counters_of(run.cache).open_hops()[row] - 1
             if self.loop.max_hops is not None and index > self.loop.max_hops:
                 continue
             answer = self.loop.on_hop(self._state(run, row, index))
@@ -186,7 +186,7 @@ class _Host:
 
     def _state(self, run: Decoding, row: int, index: int) -> HopState:
         cache = run.cache
-        ends = hop_state_of(cache).ends[row]
+        ends = counters_of(cache).ends[row]
         # Columns of the ids may begin later than those of the cache (carried, or embeddings).
         offset = cache.get_seq_length() - run.ids.shape[1]
         first, last = max(ends[index - 1] + 1 - offset, 0), ends[index] + 1 - offset
