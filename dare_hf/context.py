@@ -134,6 +134,11 @@ class ForwardContext:
         """Where the tensors are."""
         return self.modality.device
 
+    def release(self) -> None:
+        """Let go of what was gathered: it would hold the tensors a recomputation is found by."""
+        for plan in self.plans.values():
+            plan.gathered = None
+
     def span_and_forced(self) -> tuple[Tensor, Tensor]:
         """Bool[B, S] twice; only for a forward that has a span."""
         assert self.span is not None

@@ -211,8 +211,9 @@ class Controller:
     def drop_contexts(self, depth: int) -> None:
         """Roll back and forget open forwards beyond the first `depth`."""
         while len(self._local.contexts) > depth:
-            cache = self._local.contexts.pop().context.cache
-            if cache is not None:
+            context = self._local.contexts.pop().context
+            context.release()
+            if (cache := context.cache) is not None:
                 cache.rollback()
 
     def after_forward(self, module: Any, *, failed: bool) -> None:
@@ -221,6 +222,7 @@ class Controller:
             return
         entry = self._local.contexts.pop()
         context, cache = entry.context, entry.context.cache
+        context.release()
         if failed:
             if cache is not None:
                 cache.rollback()
@@ -228,8 +230,6 @@ class Controller:
         if cache is not None:
             cache.commit()
         close_context(context, entry.kwargs, self.rules)
-        for plan in context.plans.values():
-            plan.gathered = None
         recorder = entry.recorder
         recorder.note_forward(context)
         capped = self.config.max_kv_tokens is not None

@@ -14,7 +14,7 @@ from dare_hf.cache import DareCache
 from dare_hf.context import GenerationCall
 from dare_hf.controller import check_cache
 from dare_hf.errors import DareInputError, DareStateError
-from dare_hf.modality import mask_to_modality
+from dare_hf.modality import check_mask
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -149,5 +149,5 @@ def _call(given: dict[str, Any], cache: DareCache | None, mask: Tensor | None) -
     if given.get("inputs_embeds") is not None and start:
         length += start
     if mask is not None:
-        mask_to_modality(mask, ids.shape[0], min(length - start, ids.shape[1]))
+        check_mask(mask, 1 if ids is None else ids.shape[0], length - start, start)
     return GenerationCall(prompt_length=length, start=start, modality_mask=mask)

@@ -64,27 +64,28 @@ def check_ids(field: str, ids: tuple[int, ...] | None, config: Any, rows: int) -
             )
 
 
-def mask_to_modality(mask: Tensor, batch: int, length: int) -> Tensor:
-    """Check an explicit modality mask and bring it to the rows and columns of this forward.
+def check_mask(mask: Tensor, batch: int, length: int, past: int = 0) -> None:
+    """Refuse a modality mask that does not say which column each of its entries is.
 
     Args:
-        mask: [B, S] or [B, N >= S] with 1 / True for vision; its last S columns count. Fewer
-            rows than the batch (beams, several returned sequences) are repeated.
-        batch: B, rows of this forward.
-        length: S, new columns of this forward.
+        mask: [B, S] over the new columns, or [B, N] over all of them, with 1 / True for vision.
+        batch: B, the caller's rows.
+        length: S, new columns.
+        past: N - S, columns that came before them.
 
     Raises:
-        DareInputError: The shape fits neither.
+        DareInputError: The shape is another.
     """
-    if mask.ndim != 2 or mask.shape[1] < length or batch % mask.shape[0]:
+    if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] not in (length, past + length):
         raise DareInputError(
             f"modality_mask: expected shape [batch, tokens] = [{batch}, {length}], 1 for vision "
             f"and 0 for text; got {list(mask.shape)}"
         )
-    return (mask[:, mask.shape[1] - length :] > 0).repeat_interleave(batch // mask.shape[0], dim=0)
 
 
-def resolve_span(arguments: Mapping[str, Any], vision_ids: Sequence[int], length: int) -> Tensor:
+def resolve_span(
+    arguments: Mapping[str, Any], vision_ids: Sequence[int], length: int, past: int = 0
+) -> Tensor:
     """Bool[B, S]: the vision tokens of a span, by the first source that is there.
 
     An explicit `modality_mask`, then the processor's type ids, then the token ids.
@@ -95,7 +96,8 @@ def resolve_span(arguments: Mapping[str, Any], vision_ids: Sequence[int], length
     ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
     batch = (ids if ids is not None else embeds).shape[0]
     if (mask := arguments.get("modality_mask")) is not None:
-        return mask_to_modality(mask, batch, length)
+        check_mask(mask, batch, length, past)
+        return mask[:, mask.shape[1] - length :] > 0
     for name in _TYPE_ID_NAMES:
         if (types := arguments.get(name)) is not None and types.shape[1] >= length:
             return types[:, types.shape[1] - length :] > 0

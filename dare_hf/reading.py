@@ -9,7 +9,7 @@ import torch
 from dare_hf.context import ForwardContext
 from dare_hf.errors import DareInputError
 from dare_hf.hops import HopCounters, counters_of, delimiter_ends
-from dare_hf.modality import mask_to_modality, resolve_span
+from dare_hf.modality import resolve_span
 from dare_hf.routing.kinds import PAD, TEXT, VISION
 from dare_hf.routing.selection import image_borders, isin_ids, last_text_run, last_valid
 
@@ -234,7 +234,7 @@ class _Reader:
         if self.in_prompt and self.call.modality_mask is not None:
             vision = self._call_mask(self.call.modality_mask)
         else:
-            vision = resolve_span(arguments, self.rules.vision_ids, self.length)
+            vision = resolve_span(arguments, self.rules.vision_ids, self.length, self.past)
         if self.ids is not None and not (isinstance(self.first, int) and self.first >= self.length):
             vision = torch.where(sampled_at, self._vision_of_ids(self.ids), vision)
         return vision
@@ -247,7 +247,9 @@ class _Reader:
         part = mask[:, offset : offset + self.length]
         missing = self.length - part.shape[1]
         part = torch.nn.functional.pad(part, (0, max(missing, 0)))
-        return mask_to_modality(part.to(self.device), self.batch, self.length)
+        # beams and several returned sequences repeat rows, as generate expands its inputs
+        rows = self.batch // part.shape[0]
+        return (part.to(self.device) > 0).repeat_interleave(rows, dim=0)
 
     def _forced(self, modality: Tensor, span: Tensor, injected: bool) -> Tensor:
         """Bool[B, S]: span tokens that no selection may drop."""

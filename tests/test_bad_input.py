@@ -253,6 +253,8 @@ SHAPES = {
     "one row more": lambda b, n: (b + 1, n),
     "one axis": lambda b, n: (n,),
     "three axes": lambda b, n: (b, n, 1),
+    "columns nobody has": lambda b, n: (b, n + 4),
+    "a row for all": lambda b, n: (b + 1 if b == 1 else 1, n),
 }
 
 

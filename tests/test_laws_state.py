@@ -1,6 +1,8 @@
 """Law 8: no state leaks between runs, batches, models, copies or turns."""
 
 import copy
+import gc
+from contextlib import suppress
 
 import pytest
 import torch
@@ -17,7 +19,14 @@ from laws import (
 )
 from transformers import DynamicCache, LogitsProcessor
 
-from dare_hf import DareCache, DareConfig, apply_dare, last_report, remove_dare
+from dare_hf import (
+    DareCache,
+    DareConfig,
+    apply_dare,
+    last_report,
+    register_scorer,
+    remove_dare,
+)
 from dare_hf.testing import tiny_model
 
 PRUNED = {"vision_retention": 0.4, "text_retention": 0.7}
@@ -165,3 +174,26 @@ def test_an_old_cache_does_not_touch_a_new_run():
         kept = first.past_key_values.kept_lengths()
         generate(model, inputs_of(model, (0, 1, 2)))
     assert torch.equal(first.past_key_values.kept_lengths(), kept)
+
+
+def fails_late(hidden, modality, *, layer, hop, positions):
+    """Scores two layers, then fails."""
+    if layer == 2:
+        raise RuntimeError("on purpose")
+    return torch.rand(hidden.shape[:2])
+
+
+register_scorer("test_fails_late", fails_late)
+
+
+@pytest.mark.parametrize("scorer", ["random", "test_fails_late"])
+def test_a_forward_with_gradients_leaves_nothing_behind(scorer):
+    """What a recomputation is found by must not be what keeps it alive, also after a failure."""
+    model = shared_model("llava")
+    inputs = inputs_of(model)
+    with dare(model, scorer=scorer, vision_retention=0.5, schedule="constant"):
+        controller = model._dare.controller
+        with torch.enable_grad(), suppress(RuntimeError):
+            model(**copy.deepcopy(inputs))
+        gc.collect()
+        assert len(controller._recompute) == 0
