@@ -1,0 +1,85 @@
+"""The router of one layer: a linear score per modality and the layer's rates by hop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+# A fresh router's logits have this standard deviation on normalised input: near even, not tied.
+_INIT_STD = 0.1
+# Rates start inside (0, 1), where their logits are finite.
+_RATE_MARGIN = 0.02
+
+
+class Router(nn.Module):
+    """What one adapter has learned for one layer.
+
+    Args:
+        hidden: Hidden size D of the model.
+        rates: Starting rates [hops][text, vision] in (0, 1]; one row serves all hops (DARE-L).
+        normalize: Whether the input is RMS-normalised, without parameters, before it is scored.
+        generator: Draws the weights; None for torch's global one.
+
+    Attributes:
+        weight: Float32[2, D], rows text and vision.
+        bias: Float32[2].
+        rate_logits: Float32[hops, 2], columns text and vision; `rate_row` says who reads which.
+
+    Source: docs/method.md, sections 2 and 3.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        rates: Sequence[Sequence[float]],
+        *,
+        normalize: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.normalize = normalize
+        weight = torch.randn(2, hidden, generator=generator) * (_INIT_STD / hidden**0.5)
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(torch.zeros(2))
+        start = torch.tensor(rates, dtype=torch.float32).clamp(_RATE_MARGIN, 1 - _RATE_MARGIN)
+        self.rate_logits = nn.Parameter(start.logit())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Scores of both modalities: [..., D] hidden states -> Float32[..., 2] in (0, 1).
+
+        Source: docs/method.md, section 2.
+        """
+        x = hidden.float()
+        if self.normalize:
+            x = functional.rms_norm(x, x.shape[-1:])
+        return torch.sigmoid(functional.linear(x, self.weight.float(), self.bias.float()))
+
+    def scores(self, hidden: Tensor, modality: Tensor) -> Tensor:
+        """Float32[B, S]: the score of each token under its own modality's row, 0 for pads.
+
+        Args:
+            hidden: [B, S, D] hidden states that enter the layer.
+            modality: [B, S], 0 text, 1 vision, -1 pad.
+        """
+        both = self(hidden)
+        own = both.gather(-1, modality.long().clamp(min=0)[..., None])[..., 0]
+        return own.masked_fill(modality < 0, 0.0)
+
+    def rates(self) -> Tensor:
+        """Float32[hops, 2] learned rates, columns text and vision."""
+        return torch.sigmoid(self.rate_logits.float())
+
+    def rate_row(self, hop: int) -> int:
+        """The row of `rates` that serves `hop`: row 0 for hops 0 and 1, row h for a later hop h.
+
+        One row for hops 0 and 1 lets the boundary between them remove nothing. Row 1 is unused.
+        """
+        return 0 if hop <= 1 else min(hop, self.rate_logits.shape[0] - 1)
