@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dare_hf.config import DareConfig
     from dare_hf.context import ForwardContext, GenerationCall, TokenRules
     from dare_hf.report import DareReport
+    from dare_hf.routers.router import Router
     from dare_hf.routing.retention import RetentionTable
     from dare_hf.scorers import Scorer
 
@@ -121,6 +122,11 @@ class Controller:
             yield
         finally:
             self._local.disabled -= 1
+
+    @property
+    def routers(self) -> list[Router] | None:
+        """The active adapter's router of each decoder layer; None without an adapter."""
+        return None
 
     # what the routed layers ask
 
