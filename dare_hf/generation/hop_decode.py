@@ -127,6 +127,7 @@ class Decoding:
         self.record = Record()
         self.unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
         self.carried = Carried(self.model, (input_ids, model_kwargs), self.host.vision_ids)
+        self.host.begin(self)
         outputs = self.model._prefill(input_ids, generation_config, model_kwargs)
         with self.model._optimize_model_for_decode():
             self._loop(outputs)

@@ -30,7 +30,7 @@ class HopInputReader:
         self.model, self.processor = model, processor
         self.width = model.config.get_text_config().hidden_size
         self.rows = model.get_input_embeddings().weight.shape[0]
-        self.placeholder = _placeholder(model.config)
+        self.placeholder = placeholder_id(model.config)
 
     def read(self, given: Any) -> Piece:
         """The tokens of one answer.
@@ -204,7 +204,7 @@ class HopInputReader:
         return torch.cat(parts), [len(part) for part in parts]
 
 
-def _placeholder(config: Any) -> int | None:
+def placeholder_id(config: Any) -> int | None:
     """The id that stands for one image vector."""
     for name in _PLACEHOLDERS:
         if getattr(config, name, None) is not None:

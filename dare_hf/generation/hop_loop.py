@@ -15,12 +15,12 @@ from dare_hf.errors import DareConfigError, DareInputError, DareStateError
 from dare_hf.generate import offered_loop
 from dare_hf.generation.hop_decode import Decoding
 from dare_hf.generation.hop_input import HopInputReader
-from dare_hf.generation.hop_types import HopInput, HopState
+from dare_hf.generation.hop_types import HopInput, HopPrompt, HopState
 from dare_hf.generation.interleaved import decode_images, find_images, image_token_ids
 from dare_hf.hops import counters_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from dare_hf.context import GenerationCall
     from dare_hf.generation.hop_types import Piece
@@ -37,7 +37,9 @@ class HopLoop:
 
     Args:
         on_hop: Called with the HopState of one row; returns a HopInput, or None for nothing. Rows
-            that are finished are not asked.
+            that are finished are not asked. Where it has a method `begin`, that is called with
+            the HopPrompt of each generate and returns the callback of that call
+            (`BoxRefocus`).
         max_hops: Last hop after which the callback is asked, counted per row from 1; None for no
             limit. Generation goes on after it.
         processor: The model's processor, for text and images; a tokenizer is enough for text.
@@ -119,7 +121,7 @@ class HopLoop:
             )
         tokenizer = kwargs.pop("tokenizer", None)
         _keep_stop_strings(model, kwargs, tokenizer)
-        host = _Host(self, model, self.processor or tokenizer)
+        host = _Host(self, model, self.processor or tokenizer, kwargs)
         kwargs["custom_generate"] = Decoding(model, call, host, kwargs.get("streamer"))
         return kwargs
 
@@ -154,14 +156,18 @@ class _Host:
         loop: The loop.
         model: The model.
         processor: Processor or tokenizer, or None.
+        inputs: The keyword arguments of generate.
 
     Attributes:
         vision_ids: Ids of vision tokens.
         slides: Whether some layers attend within a sliding window only.
     """
 
-    def __init__(self, loop: HopLoop, model: Any, processor: Any) -> None:
-        self.loop, self.model = loop, model
+    def __init__(
+        self, loop: HopLoop, model: Any, processor: Any, inputs: Mapping[str, Any]
+    ) -> None:
+        self.loop, self.model, self.inputs = loop, model, inputs
+        self.on_hop, self.samples = loop.on_hop, 1
         controller = model._dare.controller
         self.vision_ids = controller.rules.vision_ids
         layers = controller.anatomy.layers
@@ -170,6 +176,16 @@ class _Host:
         self.reader = HopInputReader(model, processor)
         self._pictures: dict[int, list[Any]] = {}
 
+    def begin(self, run: Decoding) -> None:
+        """Let a callback that wants to know the prompt make itself ready for this call."""
+        self.samples = run.config.num_return_sequences or 1
+        if (begin := getattr(self.loop.on_hop, "begin", None)) is None:
+            return
+        encoded = (run.kwargs.get("mm_encoder_outputs") or {}).get("image")
+        ids = run.ids[:, run.call.start :]
+        prompt = HopPrompt(self.model, ids, self.inputs, encoded, self.samples, self.tokenizer)
+        self.on_hop = begin(prompt)
+
     def ask(self, run: Decoding, rows: list[int]) -> dict[int, Piece]:
         """What the rows whose hop has just closed get injected."""
         pieces = {}
@@ -177,7 +193,7 @@ class _Host:
             index = counters_of(run.cache).open_hops()[row] - 1
             if self.loop.max_hops is not None and index > self.loop.max_hops:
                 continue
-            answer = self.loop.on_hop(self._state(run, row, index))
+            answer = self.on_hop(self._state(run, row, index))
             self._pictures.pop(row, None)
             if answer is not None:
                 pieces[row] = self.reader.read(answer)
@@ -197,7 +213,7 @@ class _Host:
             text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
         assert cache.report is not None
         images = [*self._pictures.get(row, []), *self._drawn(ids)]
-        return HopState(index, text, ids, images, cache.report, row)
+        return HopState(index, text, ids, images, cache.report, row, self.samples)
 
     def _drawn(self, ids: torch.Tensor) -> list[Any]:
         """Pictures a Chameleon-type model has drawn in these ids."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ class HopState:
             (Chameleon-type models, where the loop has a processor and a decoder).
         report: The report so far.
         row: Row of the batch; with num_return_sequences, of the expanded batch.
+        samples: Rows made of each prompt, num_return_sequences.
     """
 
     index: int
@@ -35,6 +36,38 @@ class HopState:
     images: list[Any]
     report: DareReport
     row: int
+    samples: int = 1
+
+    @property
+    def prompt(self) -> int:
+        """Row of the prompt this row was made of."""
+        return self.row // self.samples
+
+
+@dataclass(frozen=True)
+class HopPrompt:
+    """What a generate with a hop loop starts from.
+
+    An `on_hop` that has to know it has a method `begin(prompt)`, which returns the callback of
+    that one call.
+
+    Attributes:
+        model: The model.
+        ids: Long[B, n]: the columns this call brings, num_return_sequences applied; not those that
+            a carried cache already holds.
+        inputs: The keyword arguments of generate as the caller gave them.
+        encoded: What get_image_features gave for the pictures of each row of `ids`; None where the
+            model encodes them in its forward.
+        samples: Rows made of each prompt, num_return_sequences.
+        tokenizer: What reads the hops, or None.
+    """
+
+    model: Any
+    ids: Tensor
+    inputs: Mapping[str, Any]
+    encoded: Any
+    samples: int
+    tokenizer: Any
 
 
 @dataclass
