@@ -1,16 +1,25 @@
 """DareConfig: what a user asks of routing, checked when it is said."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from peft.config import PeftConfig
 
 from dare_hf.errors import DareConfigError
+from dare_hf.field_checks import choice, flag, integer, number, optional, refuse
+from dare_hf.model_card import write_card
 
-PEFT_TYPE = "DARE_ROUTER"
+
+class DarePeftType(str, Enum):  # noqa: UP042 - as peft's own PeftType, whose str() it copies
+    """The PEFT method's name, a key of peft's tables; equal to and hashed as the plain string."""
+
+    DARE_ROUTER = "DARE_ROUTER"
+
+
+PEFT_TYPE = DarePeftType.DARE_ROUTER
 
 Schedule = Literal["safe", "two_stage", "constant", "learned"]
 BatchBudget = Literal["row", "equal"]
@@ -97,6 +106,10 @@ class DareConfig(PeftConfig):
         mu: factor of the hinge in the vision loss behind the cut, >= 0.
         epsilon: score above which that hinge acts, >= 0.
         seed: seed of the random scorer, any integer.
+        num_layers: decoder layers of the model an adapter was made for, >= 1. None: a fresh
+            configuration; written when the adapter is made, checked when it is loaded.
+        hidden_size: hidden size of that model, >= 1 or None, likewise.
+        model_type: `config.model_type` of that model or None, likewise.
         peft_type: "DARE_ROUTER".
 
     Raises:
@@ -136,6 +149,9 @@ class DareConfig(PeftConfig):
     mu: float = 0.1
     epsilon: float = 0.3
     seed: int = 0
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    model_type: str | None = None
     peft_type: str | None = PEFT_TYPE
 
     def __post_init__(self) -> None:
@@ -156,6 +172,37 @@ class DareConfig(PeftConfig):
     def resolved_hop_budget(self) -> HopBudget:
         """`hop_budget`, or what None means for this scorer."""
         return self.hop_budget or ("per_hop" if self.scorer == "attention" else "pooled")
+
+    @property
+    def learns_rates(self) -> bool:
+        """Whether the rates are an adapter's parameters."""
+        return self.schedule == "learned"
+
+    @property
+    def needs_adapter(self) -> bool:
+        """Whether it asks for what only an adapter has."""
+        return self.learns_rates or self.scorer == "router"
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json``, and beside an adapter's tensors the model card.
+
+        Args:
+            save_directory: the folder.
+            kwargs: as `peft.PeftConfig.save_pretrained`.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        if self.num_layers is None:
+            return
+        named = isinstance(self.schedule, str)
+        facts = {
+            "made for": f"{self.model_type}, {self.num_layers} layers of width {self.hidden_size}",
+            "retention targets": f"vision {self.vision_retention}, text {self.text_retention}",
+            "scorer": self.scorer,
+            "schedule": self.schedule if named else "one (vision, text) pair for each layer",
+            "rates by hop": f"yes, {self.max_hops}" if self.hop_aware else "no",
+            "hop delimiters": list(self.hop_delimiters),
+        }
+        write_card(save_directory, self.base_model_name_or_path, facts)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "DareConfig":
@@ -181,7 +228,7 @@ class DareConfig(PeftConfig):
         Raises:
             DareConfigError: the file belongs to another PEFT method, or has fields unknown here.
         """
-        _peft_type("peft_type", kwargs.get("peft_type", PEFT_TYPE))
+        _peft_type("peft_type", kwargs.get("peft_type", PEFT_TYPE.value))
         unknown = sorted(set(kwargs) - set(cls.__dataclass_fields__))
         if unknown:
             raise DareConfigError(
@@ -191,78 +238,27 @@ class DareConfig(PeftConfig):
         return cls(**kwargs)
 
 
-def _refuse(name: str, expected: str, value: object) -> DareConfigError:
-    return DareConfigError(f"{name} must be {expected}, got {value!r}.")
-
-
-def _number(
-    expected: str, *, above: float | None = None, least: float = -math.inf, most: float = math.inf
-) -> Callable[[str, Any], float]:
-    """A check for a finite number: in [least, most] and, where given, greater than `above`."""
-
-    def check(name: str, value: Any) -> float:
-        is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or not least <= value <= most or (above is not None and value <= above):
-            raise _refuse(name, expected, value)
-        return float(value)
-
-    return check
-
-
-def _integer(expected: str, least: float = -math.inf) -> Callable[[str, Any], int]:
-    def check(name: str, value: Any) -> int:
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-            raise _refuse(name, expected, value)
-        return int(value)
-
-    return check
-
-
-def _choice(literal: Any) -> Callable[[str, Any], str]:
-    choices = get_args(literal)
-    expected = "one of " + ", ".join(repr(choice) for choice in choices)
-
-    def check(name: str, value: Any) -> str:
-        if not isinstance(value, str) or value not in choices:
-            raise _refuse(name, expected, value)
-        return value
-
-    return check
-
-
-def _optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
-    def checked(name: str, value: Any) -> Any:
-        if value is None:
-            return None
-        try:
-            return check(name, value)
-        except DareConfigError as error:
-            raise DareConfigError(str(error).replace(", got ", " or None, got ", 1)) from None
-
-    return checked
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _refuse(name, "True or False", value)
-    return value
-
-
 def _peft_type(name: str, value: Any) -> str:
     if value != PEFT_TYPE:
-        raise _refuse(name, f"{PEFT_TYPE!r}", value)
+        raise refuse(name, f"{PEFT_TYPE.value!r}", value)
     return PEFT_TYPE
+
+
+def _model_type(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise refuse(name, "the model_type of a transformers config", value)
+    return value
 
 
 def _scorer(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise _refuse(name, "the name of a scorer", value)
+        raise refuse(name, "the name of a scorer", value)
     return value
 
 
 def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, list | tuple | range):
-        raise _refuse(name, "a tuple of token ids >= 0", value)
+        raise refuse(name, "a tuple of token ids >= 0", value)
     return tuple(_token_id(name, item) for item in value)
 
 
@@ -272,7 +268,7 @@ def _schedule(name: str, value: Any) -> str | tuple[tuple[float, float], ...]:
     is_pairs = isinstance(value, list | tuple) and len(value) > 0
     if not is_pairs or not all(isinstance(p, list | tuple) and len(p) == 2 for p in value):
         names = ", ".join(repr(choice) for choice in get_args(Schedule))
-        raise _refuse(name, f"one of {names} or one (vision, text) pair per layer", value)
+        raise refuse(name, f"one of {names} or one (vision, text) pair per layer", value)
     return tuple(
         (_rate(f"{name}[{layer}] vision", vision), _rate(f"{name}[{layer}] text", text))
         for layer, (vision, text) in enumerate(value)
@@ -286,54 +282,54 @@ def _cut_layer(name: str, value: Any) -> int | float | str:
         return int(value)
     if isinstance(value, Real) and not isinstance(value, Integral) and 0 < value < 1:
         return float(value)
-    raise _refuse(name, '"auto", a layer index >= 0 or a fraction of the depth in (0, 1)', value)
+    raise refuse(name, '"auto", a layer index >= 0 or a fraction of the depth in (0, 1)', value)
 
 
 def _delimiters(name: str, value: Any) -> tuple[int | tuple[int, ...] | str, ...]:
     if not isinstance(value, list | tuple):
-        raise _refuse(name, "a tuple of token ids, token-id sequences or strings", value)
+        raise refuse(name, "a tuple of token ids, token-id sequences or strings", value)
     return tuple(_delimiter(f"{name}[{index}]", item) for index, item in enumerate(value))
 
 
 def _delimiter(name: str, value: Any) -> int | tuple[int, ...] | str:
     if isinstance(value, list | tuple | str):
         if len(value) == 0:
-            raise _refuse(name, "a token id >= 0, a sequence of them or a string, not empty", value)
+            raise refuse(name, "a token id >= 0, a sequence of them or a string, not empty", value)
         return value if isinstance(value, str) else _token_ids(name, value)
     return _token_id(name, value)
 
 
-_rate = _number("a number in (0, 1]", above=0, most=1)
-_positive = _number("a finite number > 0", above=0)
-_weight = _number("a finite number >= 0", least=0)
-_count = _integer("an integer >= 1", 1)
-_token_id = _integer("a token id (an integer >= 0)", 0)
+_rate = number("a number in (0, 1]", above=0, most=1)
+_positive = number("a finite number > 0", above=0)
+_weight = number("a finite number >= 0", least=0)
+_count = integer("an integer >= 1", 1)
+_token_id = integer("a token id (an integer >= 0)", 0)
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "vision_retention": _rate,
     "text_retention": _rate,
     "schedule": _schedule,
     "plan_every": _count,
-    "batch_budget": _choice(BatchBudget),
-    "uniform_share": _number("a number in [0, 1]", least=0, most=1),
+    "batch_budget": choice(BatchBudget),
+    "uniform_share": number("a number in [0, 1]", least=0, most=1),
     "cut_layer": _cut_layer,
-    "prefix_tokens": _integer("an integer >= 0", 0),
-    "pruned": _choice(Pruned),
+    "prefix_tokens": integer("an integer >= 0", 0),
+    "pruned": choice(Pruned),
     "scorer": _scorer,
     "hop_delimiters": _delimiters,
-    "hop_aware": _flag,
+    "hop_aware": flag,
     "max_hops": _count,
     "hop_decay": _rate,
-    "hop_score": _optional(_choice(HopScore)),
-    "hop_budget": _optional(_choice(HopBudget)),
-    "max_kv_tokens": _optional(_count),
-    "decode": _choice(Decode),
-    "decode_window": _optional(_count),
+    "hop_score": optional(choice(HopScore)),
+    "hop_budget": optional(choice(HopBudget)),
+    "max_kv_tokens": optional(_count),
+    "decode": choice(Decode),
+    "decode_window": optional(_count),
     "always_keep_token_ids": _token_ids,
-    "image_token_ids": _optional(_token_ids),
-    "normalize_input": _flag,
-    "score_scaling": _choice(ScoreScaling),
-    "selector": _choice(Selector),
+    "image_token_ids": optional(_token_ids),
+    "normalize_input": flag,
+    "score_scaling": choice(ScoreScaling),
+    "selector": choice(Selector),
     "tau_start": _positive,
     "tau_end": _positive,
     "soft_temperature": _positive,
@@ -342,6 +338,9 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "lambda_hard": _weight,
     "mu": _weight,
     "epsilon": _weight,
-    "seed": _integer("an integer"),
+    "seed": integer("an integer"),
+    "num_layers": optional(_count),
+    "hidden_size": optional(_count),
+    "model_type": optional(_model_type),
     "peft_type": _peft_type,
 }

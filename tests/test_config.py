@@ -69,6 +69,9 @@ REFUSED = {
     "mu": NOT_A_WEIGHT,
     "epsilon": NOT_A_WEIGHT,
     "seed": [0.5, NAN, True, "0", None],
+    "num_layers": NOT_A_COUNT,
+    "hidden_size": NOT_A_COUNT,
+    "model_type": ["", 3, ["llava"]],
     "peft_type": ["LORA", None, 3],
 }
 
@@ -96,6 +99,9 @@ ACCEPTED = {
     "scorer": [("router", "router"), ("a user's own", "a user's own")],
     "mu": [(0, 0.0)],
     "seed": [(-5, -5), (2**70, 2**70)],
+    "num_layers": [(None, None), (1, 1)],
+    "hidden_size": [(None, None), (np.int64(8), 8)],
+    "model_type": [(None, None), ("llava", "llava")],
 }
 
 
@@ -177,6 +183,9 @@ def test_defaults_are_the_contract() -> None:
         "mu": 0.1,
         "epsilon": 0.3,
         "seed": 0,
+        "num_layers": None,
+        "hidden_size": None,
+        "model_type": None,
         "peft_type": "DARE_ROUTER",
     }
 
@@ -229,6 +238,9 @@ FULL = DareConfig(
     always_keep_token_ids=[1, 2],
     image_token_ids=range(4, 8),
     seed=-7,
+    num_layers=4,
+    hidden_size=32,
+    model_type="llava",
 )
 
 
