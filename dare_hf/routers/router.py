@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn import functional
+
+from dare_hf.routing.scores import router_scores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +25,8 @@ class Router(nn.Module):
 
     Args:
         hidden: Hidden size D of the model.
-        rates: Starting rates [hops][text, vision] in (0, 1]; one row serves all hops (DARE-L).
+        rates: Rates [hops][text, vision] in (0, 1]; one row serves all hops (DARE-L).
+        learned: Whether they start a training; else they are fixed: no parameter, and not saved.
         normalize: Whether the input is RMS-normalised, without parameters, before it is scored.
         generator: Draws the weights; None for torch's global one.
 
@@ -32,6 +34,7 @@ class Router(nn.Module):
         weight: Float32[2, D], rows text and vision.
         bias: Float32[2].
         rate_logits: Float32[hops, 2], columns text and vision; `rate_row` says who reads which.
+            A buffer where the rates are fixed.
 
     Source: docs/method.md, sections 2 and 3.
     """
@@ -41,6 +44,7 @@ class Router(nn.Module):
         hidden: int,
         rates: Sequence[Sequence[float]],
         *,
+        learned: bool = True,
         normalize: bool = True,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -49,28 +53,23 @@ class Router(nn.Module):
         weight = torch.randn(2, hidden, generator=generator) * (_INIT_STD / hidden**0.5)
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(torch.zeros(2))
-        start = torch.tensor(rates, dtype=torch.float32).clamp(_RATE_MARGIN, 1 - _RATE_MARGIN)
-        self.rate_logits = nn.Parameter(start.logit())
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Scores of both modalities: [..., D] hidden states -> Float32[..., 2] in (0, 1).
-
-        Source: docs/method.md, section 2.
-        """
-        x = hidden.float()
-        if self.normalize:
-            x = functional.rms_norm(x, x.shape[-1:])
-        return torch.sigmoid(functional.linear(x, self.weight.float(), self.bias.float()))
+        start = torch.tensor(rates, dtype=torch.float32)
+        if learned:
+            start = start.clamp(_RATE_MARGIN, 1 - _RATE_MARGIN)
+            self.rate_logits = nn.Parameter(start.logit())
+        else:
+            self.register_buffer("rate_logits", start.logit(), persistent=False)
 
     def scores(self, hidden: Tensor, modality: Tensor) -> Tensor:
-        """Float32[B, S]: the score of each token under its own modality's row, 0 for pads.
+        """Float32[B, S] in (0, 1): each token's score under its own modality's row, 0 for pads.
 
         Args:
             hidden: [B, S, D] hidden states that enter the layer.
             modality: [B, S], 0 text, 1 vision, -1 pad.
+
+        Source: docs/method.md, section 2.
         """
-        both = self(hidden)
-        own = both.gather(-1, modality.long().clamp(min=0)[..., None])[..., 0]
+        own = router_scores(hidden, self.weight, self.bias, modality, self.normalize)
         return own.masked_fill(modality < 0, 0.0)
 
     def rates(self) -> Tensor:
