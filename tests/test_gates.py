@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dare_hf.routing import gates
@@ -11,6 +11,8 @@ from dare_hf.routing.selection import keep_mask
 T = 0.05
 SUM_TOLERANCE = 1e-4
 """Of a sum of float32 gates against k."""
+
+EXAMPLES = settings(max_examples=30)
 
 
 def case(seed: int, batch: int = 2, tokens: int = 12, dtype=torch.float64):
@@ -29,6 +31,7 @@ def middle(candidates, forced, share: float = 0.4):
     return must + share * (candidates & ~forced).sum(-1)
 
 
+@EXAMPLES
 @given(seed=st.integers(0, 10_000), share=st.floats(0.01, 0.99))
 def test_soft_gates_sum_to_k(seed, share):
     scores, candidates, forced = case(seed, dtype=torch.float32)
@@ -40,6 +43,7 @@ def test_soft_gates_sum_to_k(seed, share):
     assert ((soft >= 0) & (soft <= 1)).all()
 
 
+@EXAMPLES
 @given(seed=st.integers(0, 10_000))
 def test_soft_gates_of_a_small_temperature_are_the_hard_selection(seed):
     scores, candidates, forced = case(seed)
@@ -57,6 +61,7 @@ def test_soft_gates_of_a_small_temperature_are_the_hard_selection(seed):
     torch.testing.assert_close(soft, hard.double(), atol=1e-6, rtol=0)
 
 
+@EXAMPLES
 @given(seed=st.integers(0, 10_000))
 def test_every_gate_rises_with_k(seed):
     scores, candidates, forced = case(seed)
@@ -109,6 +114,7 @@ def test_the_sum_moves_with_k_alone():
     torch.testing.assert_close(k.grad, torch.ones_like(k))
 
 
+@EXAMPLES
 @given(seed=st.integers(0, 10_000))
 def test_soft_gates_move_with_their_tokens(seed):
     scores, candidates, forced = case(seed)

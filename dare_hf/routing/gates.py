@@ -129,7 +129,7 @@ def _assemble(soft: Tensor, free: Tensor, open_: Tensor, wanted: Tensor, must: T
 
 @torch.no_grad()
 def _threshold(scores: Tensor, k: Tensor, free: Tensor, temperature: float) -> Tensor:
-    """t of each group by bisection and two Newton steps; any value where nothing is free."""
+    """Each group's t by bisection and two Newton steps; any value where nothing is free."""
     big = torch.finfo(scores.dtype).max
     reach = _REACH * temperature
     low = scores.masked_fill(~free, big).amin(-1).clamp(max=big / 4) - reach

@@ -6,12 +6,12 @@ the mean over rows stays the same.
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
 
 def group_means(
-    values: Float[Tensor, "batch tokens"], groups: Float[Tensor, "batch tokens groups"]
+    values: Float[Tensor, "batch tokens"], groups: Num[Tensor, "batch tokens groups"]
 ) -> Float[Tensor, "batch groups"]:
     """Mean of each group's values per row; 0 where a row has none.
 
