@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from dare_hf.errors import DareConfigError, DareInputError, DareStateError
+from dare_hf.errors import DareConfigError, DareInputError
 from dare_hf.generation.boxes import WRITTEN, Box, cells, crop_pixels, parse_box, written_box
 from dare_hf.generation.feature_grid import feature_grids
 from dare_hf.generation.hop_input import placeholder_id
@@ -25,6 +26,8 @@ _FRAMES = (
     ("boi_token_id", "eoi_token_id"),
 )
 
+_THIN = 50
+
 
 @dataclass
 class RefocusCounts:
@@ -37,6 +40,8 @@ class RefocusCounts:
         no_box: Hops without a pair of tags. Nothing was injected, as for all below.
         malformed: What stood between the tags was not four numbers.
         empty: Boxes without any area, or without any inside of the picture.
+        thin: With "pixels", crops more than 50 times as long as wide, which processors refuse or
+            enlarge beyond measure.
         no_image: Boxes in rows without a picture, or for which `image_of` chose none.
         over_limit: Boxes beyond `max_boxes` of their row.
     """
@@ -47,13 +52,15 @@ class RefocusCounts:
     no_box: int = 0
     malformed: int = 0
     empty: int = 0
+    thin: int = 0
     no_image: int = 0
     over_limit: int = 0
 
     @property
     def boxes(self) -> int:
         """All boxes that were written."""
-        return self.used + self.malformed + self.empty + self.no_image + self.over_limit
+        unused = self.malformed + self.empty + self.thin + self.no_image + self.over_limit
+        return self.used + unused
 
     def __str__(self) -> str:
         return ", ".join(f"{f.name} {getattr(self, f.name)}" for f in fields(self))
@@ -121,11 +128,11 @@ class BoxRefocus:
                 'images: expected pictures for each row with source="pixels", and none with '
                 f'source="features"; got source={source!r} and images={images!r:.60}'
             )
-        self.source, self.frame, self.max_boxes = source, frame, max_boxes
-        self.scale, self.tags, self.image_of = _scale(scale), _tags(tags), image_of
-        self.images = None if images is None else [_pictures(row) for row in images]
-        if max_boxes is not None and (isinstance(max_boxes, bool) or max_boxes < 0):
-            raise DareConfigError(f"max_boxes: expected a count >= 0 or None; got {max_boxes!r}")
+        if image_of is not None and not callable(image_of):
+            raise DareConfigError(f"image_of: expected a function or None; got {image_of!r}")
+        self.source, self.scale, self.tags = source, _scale(scale), _tags(tags)
+        self.image_of, self.frame, self.max_boxes = image_of, _framing(frame), _count(max_boxes)
+        self.images = None if images is None else _rows(images)
         self.counts = RefocusCounts()
 
     def begin(self, prompt: HopPrompt) -> Callable[[HopState], HopInput | None]:
@@ -156,13 +163,6 @@ class BoxRefocus:
             )
         return _Run(self, self.images, _crop)
 
-    def __call__(self, hop: HopState) -> HopInput | None:
-        """Refuse: boxes are read per call, by what `begin` returns."""
-        raise DareStateError(
-            "BoxRefocus: expected to be given to HopLoop(on_hop=refocus), which begins it with "
-            "each generate; got a direct call. Use refocus.begin(prompt) in a callback of your own"
-        )
-
 
 class _Run:
     """The callback of one generate.
@@ -170,11 +170,11 @@ class _Run:
     Args:
         refocus: Whose settings and counts are used.
         rows: Per prompt its pictures, or their feature grids.
-        cut: Makes the input out of one of them and a box.
+        cut: Makes the input out of one of them and a box; None where that cannot be.
     """
 
     def __init__(
-        self, refocus: BoxRefocus, rows: list[list[Any]], cut: Callable[[Any, Box], HopInput]
+        self, refocus: BoxRefocus, rows: list[list[Any]], cut: Callable[[Any, Box], HopInput | None]
     ) -> None:
         self.refocus, self.rows, self.cut = refocus, rows, cut
         self.used: Counter[int] = Counter()
@@ -201,11 +201,15 @@ class _Run:
         if found is None:
             counts.empty += 1
             return None
+        answer = self.cut(picture, found)
+        if answer is None:
+            counts.thin += 1
+            return None
         self.used[hop.row] += 1
         counts.used += 1
         counts.inverted += inverted
         counts.clamped += clamped
-        return self.cut(picture, found)
+        return answer
 
     def _picture(self, hop: HopState) -> Any:
         pictures = self.rows[hop.prompt]
@@ -248,8 +252,9 @@ def _features(
     return HopInput(features=region, input_ids=[*before, *[token] * region[..., 0].numel(), *after])
 
 
-def _crop(image: Any, box: Box) -> HopInput:
-    return HopInput(images=[crop_pixels(image, box)])
+def _crop(image: Any, box: Box) -> HopInput | None:
+    crop = crop_pixels(image, box)
+    return None if max(crop.size) > _THIN * min(crop.size) else HopInput(images=[crop])
 
 
 def _frame(config: Any) -> tuple[list[int], list[int]]:
@@ -259,6 +264,15 @@ def _frame(config: Any) -> tuple[list[int], list[int]]:
         if start is not None and end is not None:
             return [start], [end]
     return [], []
+
+
+def _rows(images: Any) -> list[list[Any]]:
+    if not isinstance(images, (list, tuple)):
+        raise DareConfigError(
+            "images: expected a list with each row's picture or list of pictures; got "
+            f"{type(images).__name__}"
+        )
+    return [_pictures(row) for row in images]
 
 
 def _pictures(row: Any) -> list[Any]:
@@ -280,6 +294,26 @@ def _scale(scale: Any) -> tuple[float, float]:
 
 
 def _tags(tags: Any) -> tuple[str, str]:
-    if len(tags) != 2 or not all(isinstance(tag, str) and tag for tag in tags):
-        raise DareConfigError(f"tags: expected two strings; got {tags!r}")
-    return tuple(tags)
+    pair = isinstance(tags, (tuple, list)) and len(tags) == 2
+    if not pair or not all(isinstance(tag, str) and tag for tag in tags):
+        raise DareConfigError(f"tags: expected (opening, closing), two strings; got {tags!r}")
+    return tags[0], tags[1]
+
+
+def _framing(frame: Any) -> tuple[list[int], list[int]] | None:
+    if frame is None:
+        return None
+    try:
+        before, after = ([operator.index(token) for token in part] for part in frame)
+    except (TypeError, ValueError) as error:
+        raise DareConfigError(
+            f"frame: expected token ids (before, after), two lists; got {frame!r}"
+        ) from error
+    return before, after
+
+
+def _count(limit: Any) -> int | None:
+    whole = isinstance(limit, int) and not isinstance(limit, bool)
+    if limit is not None and not (whole and limit >= 0):
+        raise DareConfigError(f"max_boxes: expected a count >= 0 or None; got {limit!r}")
+    return limit

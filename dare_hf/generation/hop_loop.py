@@ -15,7 +15,7 @@ from dare_hf.errors import DareConfigError, DareInputError, DareStateError
 from dare_hf.generate import offered_loop
 from dare_hf.generation.hop_decode import Decoding
 from dare_hf.generation.hop_input import HopInputReader
-from dare_hf.generation.hop_types import HopInput, HopPrompt, HopState
+from dare_hf.generation.hop_types import HopInput, HopPrompt, HopState, OnHop
 from dare_hf.generation.interleaved import decode_images, find_images, image_token_ids
 from dare_hf.hops import counters_of
 
@@ -37,9 +37,8 @@ class HopLoop:
 
     Args:
         on_hop: Called with the HopState of one row; returns a HopInput, or None for nothing. Rows
-            that are finished are not asked. Where it has a method `begin`, that is called with
-            the HopPrompt of each generate and returns the callback of that call
-            (`BoxRefocus`).
+            that are finished are not asked. Or an object with a method `begin`, such as
+            BoxRefocus: given the HopPrompt of each generate, it returns the function for that call.
         max_hops: Last hop after which the callback is asked, counted per row from 1; None for no
             limit. Generation goes on after it.
         processor: The model's processor, for text and images; a tokenizer is enough for text.
@@ -54,13 +53,13 @@ class HopLoop:
 
     def __init__(
         self,
-        on_hop: Callable[[HopState], HopInput | None],
+        on_hop: Callable[[HopState], HopInput | None] | OnHop,
         max_hops: int | None = None,
         *,
         processor: Any = None,
         decoder: VQPatchDecoder | None = None,
     ) -> None:
-        if not callable(on_hop):
+        if not callable(on_hop) and not callable(getattr(on_hop, "begin", None)):
             raise DareConfigError(
                 f"on_hop: expected a function of a HopState; got {type(on_hop).__name__}"
             )
@@ -182,8 +181,15 @@ class _Host:
         if (begin := getattr(self.loop.on_hop, "begin", None)) is None:
             return
         encoded = (run.kwargs.get("mm_encoder_outputs") or {}).get("image")
-        ids = run.ids[:, run.call.start :]
-        prompt = HopPrompt(self.model, ids, self.inputs, encoded, self.samples, self.tokenizer)
+        prompt = HopPrompt(
+            model=self.model,
+            ids=run.ids,
+            start=run.call.start,
+            inputs=self.inputs,
+            encoded=encoded,
+            samples=self.samples,
+            tokenizer=self.tokenizer,
+        )
         self.on_hop = begin(prompt)
 
     def ask(self, run: Decoding, rows: list[int]) -> dict[int, Piece]:

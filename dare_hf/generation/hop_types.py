@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dare_hf.errors import DareInputError
 
@@ -48,22 +48,21 @@ class HopState:
 class HopPrompt:
     """What a generate with a hop loop starts from.
 
-    An `on_hop` that has to know it has a method `begin(prompt)`, which returns the callback of
-    that one call.
-
     Attributes:
         model: The model.
-        ids: Long[B, n]: the columns this call brings, num_return_sequences applied; not those that
-            a carried cache already holds.
+        ids: Long[B, N]: the prompt, num_return_sequences applied.
+        start: Columns of it that a carried cache already holds; their pictures are not encoded
+            again.
         inputs: The keyword arguments of generate as the caller gave them.
-        encoded: What get_image_features gave for the pictures of each row of `ids`; None where the
-            model encodes them in its forward.
+        encoded: What get_image_features gave for the pictures of this call, row by row of `ids`;
+            None where the model encodes them in its forward.
         samples: Rows made of each prompt, num_return_sequences.
         tokenizer: What reads the hops, or None.
     """
 
     model: Any
     ids: Tensor
+    start: int
     inputs: Mapping[str, Any]
     encoded: Any
     samples: int
@@ -98,6 +97,14 @@ class HopInput:
         if self.images is None:
             return []
         return list(self.images) if isinstance(self.images, (list, tuple)) else [self.images]
+
+
+class OnHop(Protocol):
+    """An `on_hop` that makes itself ready for each call, such as BoxRefocus."""
+
+    def begin(self, prompt: HopPrompt) -> Callable[[HopState], HopInput | None]:
+        """Return the callback of the generate that starts from this prompt."""
+        ...
 
 
 @dataclass
