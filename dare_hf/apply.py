@@ -172,6 +172,7 @@ def _controller(
         _warn_text(config)
     rules = TokenRules(
         vision_ids=vision_token_ids(model_config, config.image_token_ids),
+        type_ids=spec.type_ids,
         keep_ids=tuple(sorted(config.always_keep_token_ids)),
         protected_ids=special_token_ids(model_config, getattr(target, "generation_config", None)),
         protect_text=prunes_text and scorer.untrained,

@@ -28,6 +28,7 @@ class TokenRules:
         prefix: Kappa, the first tokens of each hop that are always kept.
         delimiters: Hop delimiters as id sequences.
         window: Close a hop every this many sampled tokens; None never.
+        type_ids: Names of the arguments whose values 1 and 2 mark image and video tokens.
     """
 
     vision_ids: tuple[int, ...]
@@ -37,6 +38,7 @@ class TokenRules:
     prefix: int
     delimiters: tuple[tuple[int, ...], ...]
     window: int | None
+    type_ids: tuple[str, ...] = ("mm_token_type_ids", "token_type_ids")
 
     @property
     def closes_hops(self) -> bool:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CONFIG_ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-_TYPE_ID_NAMES = ("mm_token_type_ids", "token_type_ids")
+_IMAGE_NAMES = ("IMGIMG", "<|visual token")  # Chameleon, Emu3
+_VISION_TYPES = (1, 2)  # image, video; 3 is audio
 
 
 def vision_token_ids(config: Any, extra: tuple[int, ...] | None = None) -> tuple[int, ...]:
@@ -27,7 +28,7 @@ def vision_token_ids(config: Any, extra: tuple[int, ...] | None = None) -> tuple
         return tuple(sorted(set(extra)))
     found = {getattr(config, name, None) for name in _CONFIG_ID_NAMES}
     vocabulary = getattr(config, "vocabulary_map", None) or {}
-    found.update(i for name, i in vocabulary.items() if name.startswith("IMGIMG"))
+    found.update(i for name, i in vocabulary.items() if name.startswith(_IMAGE_NAMES))
     found.add(vocabulary.get("<image>"))
     return tuple(sorted(int(i) for i in found if i is not None))
 
@@ -84,11 +85,16 @@ def check_mask(mask: Tensor, batch: int, length: int, past: int = 0) -> None:
 
 
 def resolve_span(
-    arguments: Mapping[str, Any], vision_ids: Sequence[int], length: int, past: int = 0
+    arguments: Mapping[str, Any],
+    vision_ids: Sequence[int],
+    type_names: Sequence[str],
+    length: int,
+    past: int = 0,
 ) -> Tensor:
     """Bool[B, S]: the vision tokens of a span, by the first source that is there.
 
-    An explicit `modality_mask`, then the processor's type ids, then the token ids.
+    An explicit `modality_mask`, then the processor's type ids (arguments called `type_names`), then
+    the token ids.
 
     Raises:
         DareInputError: Only embeddings are given, so nothing tells which token is vision.
@@ -98,9 +104,9 @@ def resolve_span(
     if (mask := arguments.get("modality_mask")) is not None:
         check_mask(mask, batch, length, past)
         return mask[:, mask.shape[1] - length :] > 0
-    for name in _TYPE_ID_NAMES:
+    for name in type_names:
         if (types := arguments.get(name)) is not None and types.shape[1] >= length:
-            return types[:, types.shape[1] - length :] > 0
+            return isin_ids(types[:, types.shape[1] - length :], _VISION_TYPES)
     if ids is None:
         raise DareInputError(
             "expected input_ids or a modality_mask [batch, tokens] (1 for vision, 0 for text) "

@@ -157,24 +157,14 @@ class _Reader:
         )
 
     def _check_labels(self, sampled_at: Tensor) -> None:
-        """Refuse supervision this version cannot route as generate would."""
+        """Refuse supervision that only the training forward can route as generate would."""
         labels = self.arguments.get("labels")
-        if self.arguments.get("hop_ids") is not None:
-            raise DareInputError(
-                "hop_ids: expected none, hops are found by the configuration's delimiters; got "
-                "hop_ids. Leave them out"
-            )
         if labels is None or isinstance(self.first, int):
             return
         skipped = (labels == -100) & sampled_at
         valid = self._padding()
         skipped = skipped if valid is None else skipped & valid
-        if bool(skipped.any()):
-            raise DareInputError(
-                "labels: expected -100 on the prompt only, then supervised tokens to the end; got "
-                "-100 after the first supervised token. Injected spans cannot be trained on yet: "
-                "run this forward inside `with dare_disabled(model)`, or supervise those tokens"
-            )
+        assert not bool(skipped.any()), "injected spans are the simulation's"
 
     def _context(self, **facts: Any) -> ForwardContext:
         keep = self.arguments.get("logits_to_keep", 0)
@@ -212,19 +202,7 @@ class _Reader:
         return [self.past + self.length - 1] * self.batch
 
     def _padding(self) -> Tensor | None:
-        """Bool[B, S] real tokens, None when no mask says otherwise."""
-        mask = self.arguments.get("attention_mask")
-        if isinstance(mask, dict):
-            mask = next(iter(mask.values()), None)
-        if not isinstance(mask, torch.Tensor):
-            return None
-        if mask.ndim == 2:
-            return mask[:, mask.shape[1] - self.length :].bool().to(self.device)
-        # a caller's own 4D mask: a token that may not see itself is padding
-        block = mask[:, 0, :, self.past : self.past + self.length]
-        diagonal = block.diagonal(dim1=-2, dim2=-1)
-        real = diagonal if diagonal.dtype == torch.bool else diagonal == 0
-        return real.expand(self.batch, -1).to(self.device)
+        return padding_of(self.arguments, self.batch, self.length, self.past, self.device)
 
     def _vision_of_ids(self, ids: Tensor) -> Tensor:
         return isin_ids(ids, self.rules.vision_ids)
@@ -234,7 +212,9 @@ class _Reader:
         if self.in_prompt and self.call.modality_mask is not None:
             vision = self._call_mask(self.call.modality_mask)
         else:
-            vision = resolve_span(arguments, self.rules.vision_ids, self.length, self.past)
+            vision = resolve_span(
+                arguments, self.rules.vision_ids, self.rules.type_ids, self.length, self.past
+            )
         if self.ids is not None and not (isinstance(self.first, int) and self.first >= self.length):
             vision = torch.where(sampled_at, self._vision_of_ids(self.ids), vision)
         return vision
@@ -253,21 +233,10 @@ class _Reader:
 
     def _forced(self, modality: Tensor, span: Tensor, injected: bool) -> Tensor:
         """Bool[B, S]: span tokens that no selection may drop."""
-        rank = span.long().cumsum(1) - 1
+        before = None
         if self.past and not injected and self.cache is not None:
-            log = self.cache.log
-            rank = rank + (log.modality >= 0).sum(1, keepdim=True).to(self.device)
-        forced = span & (rank < self.rules.prefix)
-        forced = forced | last_valid(span)
-        if self.ids is not None and self.rules.keep_ids:
-            forced = forced | (span & isin_ids(self.ids, self.rules.keep_ids))
-        if self.rules.protect_text:
-            only = torch.where(span, modality, PAD)
-            text = last_text_run(only) | image_borders(only)
-            if self.ids is not None and self.rules.protected_ids:
-                text = text | isin_ids(self.ids, self.rules.protected_ids)
-            forced = forced | (span & (modality == TEXT) & text)
-        return forced
+            before = (self.cache.log.modality >= 0).sum(1, keepdim=True).to(self.device)
+        return forced_of(modality, span, self.ids, self.rules, before)
 
     @staticmethod
     def _host_counts(
@@ -324,6 +293,50 @@ class _Reader:
             for end in ends:
                 token_hop[row, end + 1 - self.past :] += 1
         return token_hop
+
+
+def padding_of(
+    arguments: Mapping[str, Any], batch: int, length: int, past: int, device: torch.device
+) -> Tensor | None:
+    """Bool[B, S] real tokens, None when no mask says otherwise."""
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, dict):
+        mask = next(iter(mask.values()), None)
+    if not isinstance(mask, torch.Tensor):
+        return None
+    if mask.ndim == 2:
+        return mask[:, mask.shape[1] - length :].bool().to(device)
+    # a caller's own 4D mask: a token that may not see itself is padding
+    block = mask[:, 0, :, past : past + length]
+    diagonal = block.diagonal(dim1=-2, dim2=-1)
+    real = diagonal if diagonal.dtype == torch.bool else diagonal == 0
+    return real.expand(batch, -1).to(device)
+
+
+def forced_of(
+    modality: Tensor, span: Tensor, ids: Any, rules: TokenRules, before: Tensor | None = None
+) -> Tensor:
+    """Bool[B, S]: tokens of one span that no selection may drop.
+
+    Args:
+        modality: [B, S].
+        span: Bool[B, S].
+        ids: [B, S] token ids, None where only embeddings are known.
+        rules: The token rules of the model.
+        before: Long[B, 1] real tokens of the same hop before this forward; None for 0.
+    """
+    rank = span.long().cumsum(1) - 1
+    rank = rank if before is None else rank + before
+    forced = (span & (rank < rules.prefix)) | last_valid(span)
+    if ids is not None and rules.keep_ids:
+        forced = forced | (span & isin_ids(ids, rules.keep_ids))
+    if rules.protect_text:
+        only = torch.where(span, modality, PAD)
+        text = last_text_run(only) | image_borders(only)
+        if ids is not None and rules.protected_ids:
+            text = text | isin_ids(ids, rules.protected_ids)
+        forced = forced | (span & (modality == TEXT) & text)
+    return forced
 
 
 def close_context(context: ForwardContext, arguments: Mapping[str, Any], rules: TokenRules) -> None:

@@ -17,6 +17,7 @@ class ModelSpec:
         key_projection: Dotted path from a layer to the linear that makes keys.
         token_kwargs: Further per-token keyword arguments of a layer, name -> dimension that
             counts tokens (hidden states, masks and positions are known to the generic path).
+        type_ids: Names of the arguments whose values 1 and 2 mark image and video tokens.
         vocabulary_images: Images are ids of the text vocabulary (`config.vocabulary_map`).
         note: One sentence for the documentation.
     """
@@ -26,5 +27,6 @@ class ModelSpec:
     pre_attention_norm: str | None = "input_layernorm"
     key_projection: str = "self_attn.k_proj"
     token_kwargs: tuple[tuple[str, int], ...] = ()
+    type_ids: tuple[str, ...] = ("mm_token_type_ids", "token_type_ids")
     vocabulary_images: bool = False
     note: str = ""
