@@ -122,7 +122,7 @@ def score_span(
     plan, columns = context.plans[layer], context.columns
     index, there = plan.queries(context, WINDOW)
     taken = query.gather(2, index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
-    visible = _visible(call, index, columns.expand(query.shape[0], -1), query.shape[2])
+    visible = visible_keys(call, index, columns.expand(query.shape[0], -1), query.shape[2])
     span = torch.zeros(query.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
     span[:, key.shape[2] - query.shape[2] :] = plan.span_live(context)
     scores = attention_scores(taken, key, value, visible, there, span, call.scaling)
@@ -131,7 +131,7 @@ def score_span(
     context.attention_layer = layer
 
 
-def _visible(call: AttentionCall, index: Tensor, columns: Tensor, running: int) -> Tensor:
+def visible_keys(call: AttentionCall, index: Tensor, columns: Tensor, running: int) -> Tensor:
     """Bool[B, 1|H, W, C]: what the queries at `index` of the last `running` columns see."""
     mask = call.mask
     if isinstance(mask, torch.Tensor) and mask.ndim == 4:

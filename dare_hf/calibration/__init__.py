@@ -1,0 +1,1 @@
+"""Calibration: linear routers and rates from a few unlabelled prompts, without gradients."""
