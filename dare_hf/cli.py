@@ -64,23 +64,24 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 @app.command()
 def demo(
     model: Annotated[DemoModel, typer.Option(help="Embedded model.")] = DemoModel.anole,
-    n: Annotated[int, typer.Option(min=1, help="Held-out mazes to solve.")] = 50,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the mazes.")] = 0,
+    n: Annotated[int, typer.Option(min=1, help="Held-out items to solve.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the items.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the picture.")] = Path("demo-output"),
-    hard: Annotated[bool, typer.Option(help="Larger mazes and longer paths than trained.")] = False,
+    hard: Annotated[bool, typer.Option(help="Harder items than the model was trained on.")] = False,
     safe: Annotated[
         bool, typer.Option(help='The preset "safe" instead of the rates measured for this model.')
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Mazes of a generate call.")] = 25,
+    batch_size: Annotated[int, typer.Option(min=1, help="Items of a generate call.")] = 25,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON line on stdout, all else on stderr.")
     ] = False,
 ) -> None:
-    """Solve held-out mazes with and without DARE; print a table, write a picture.
+    """Solve held-out items with and without DARE; print a table, write a picture.
 
-    The model reads the drawn maze and answers in steps, each a text and a drawn image. With DARE it
-    runs at the rates shipped beside it, found by pruning one layer at a time on training mazes; a
-    drawn image ends a hop. Everything runs offline on the CPU.
+    anole reads a drawn maze and answers in steps, each a text and a drawn image, which ends a hop.
+    volcano answers a question about a scene: it writes a box, which ends a hop, and looks again at
+    that part of the picture. With DARE they run at the rates shipped beside them, found by pruning
+    one layer at a time on training items. Everything runs offline on the CPU.
     """
     with _one_line_errors():
         import torch
@@ -88,23 +89,23 @@ def demo(
         from transformers.utils import logging
 
         from dare_hf.demo import comparison, embedded, picture
-        from dare_hf.tasks import maze
 
         torch.set_num_threads(1)  # so small a model's threads would only wait for each other
         logging.disable_progress_bar()
         console = Console(stderr=as_json)
-        network, processor = embedded.load_embedded(model.value)
+        runner = embedded.load_runner(model.value)
         split = "hard" if hard else "easy"
-        items = maze.sample(n, split, seed)
-        config = (embedded.safe_config if safe else embedded.demo_config)(processor)
+        items = runner.sample(n, split, seed)
+        choose = embedded.safe_config if safe else embedded.demo_config
+        config = choose(runner.processor, model.value)
         with _progress() as tell:
-            result = comparison.compare(
-                network, processor, items, config=config, batch_size=batch_size, progress=tell
-            )
-        title = f"{embedded.MODELS[model.value]}: {n} held-out mazes ({split} split, seed {seed})"
-        console.print(comparison.table(result, title))
+            result = comparison.compare(runner, items, config, batch_size=batch_size, progress=tell)
+        title = f"{runner.folder}: {n} held-out {runner.items} ({split} split, seed {seed})"
+        console.print(comparison.table(result, title, runner.detail))
+        if runner.plain_note:
+            console.print(runner.plain_note, highlight=False)
         out.mkdir(parents=True, exist_ok=True)
-        figure = picture.draw(network, processor, items, config)
+        figure = picture.draw(runner, items, config)
         figure.savefig(out / picture.PICTURE, dpi=150)
         console.print(f"picture: {out / picture.PICTURE}", soft_wrap=True, highlight=False)
         if as_json:

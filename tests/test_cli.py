@@ -37,24 +37,25 @@ def _comparison(n: int) -> object:
 
     score = Score(n, 0.96, (0.9, 0.99), 0.0, 0.98, 3 * n)
     return Comparison(
-        Side(score, 10**10, 2_000_000, 500, 2.0), Side(score, 4 * 10**9, 10**6, 500, 1.0)
+        Side(score, 10**10, 2_000_000, 500, 2.0, 0.98),
+        Side(score, 4 * 10**9, 10**6, 500, 1.0, 0.98),
     )
 
 
 @pytest.fixture
 def fake_demo(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The demo without its model."""
+    """The demo without its models."""
     from dare_hf.demo import comparison, embedded, picture
     from dare_hf.visualize import plot_retention
 
-    def compare(model, processor, items, *, progress, **rest):
+    def compare(runner, items, config, *, progress, **rest):
         progress("full", len(items), len(items))
         return _comparison(len(items))
 
     figure = plot_retention([Image.new("RGB", (56, 56))], [np.ones((3, 1, 7, 7), dtype=bool)])
-    monkeypatch.setattr(
-        embedded, "load_embedded", lambda name: (None, SimpleNamespace(image_end_token_id=7))
-    )
+    tokenizer = SimpleNamespace(convert_tokens_to_ids=lambda token: 8)
+    processor = SimpleNamespace(image_end_token_id=7, tokenizer=tokenizer)
+    monkeypatch.setattr(embedded, "load_embedded", lambda name: (None, processor))
     monkeypatch.setattr(comparison, "compare", compare)
     monkeypatch.setattr(picture, "draw", lambda *rest: figure)
 
@@ -99,12 +100,24 @@ def test_demo_prints_a_table_with_ratios(tmp_path: Path) -> None:
     assert "{" not in done.stdout
 
 
-def test_demo_refuses_a_model_that_is_not_there_yet() -> None:
+@pytest.mark.usefixtures("fake_demo")
+def test_demo_runs_the_model_it_is_asked_for(tmp_path: Path) -> None:
+    done = _run("demo", "--model", "volcano", "--safe", "--n", "4", "--out", str(tmp_path))
+    assert done.exit_code == 0, done.stderr
+    assert "dare-tiny-volcano: 4 held-out scenes" in done.stdout
+    assert "boxes right" in done.stdout
+
+
+def test_demo_without_a_model_s_files_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from dare_hf.demo import embedded
+
+    monkeypatch.setattr(embedded, "ASSETS", tmp_path)
     done = _run("demo", "--model", "volcano")
     assert done.exit_code == cli.REFUSED
     assert len(done.stderr.strip().splitlines()) == 1
-    assert "'volcano'" in done.stderr
-    assert "planned" in done.stderr
+    assert "dare-tiny-volcano" in done.stderr
 
 
 def test_demo_refuses_no_items() -> None:

@@ -27,9 +27,9 @@ class _FakeCache:
 
 
 def test_hops_are_noted_in_their_first_forward() -> None:
-    from dare_hf.demo.picture import _HopWatch
+    from dare_hf.demo.picture import HopWatch
 
-    watch = _HopWatch(_FakeCache(), END_OF_IMAGE)
+    watch = HopWatch(_FakeCache(), END_OF_IMAGE)
     watch.put(torch.tensor([[1, END_OF_IMAGE, 3]]))  # a delimiter in the prompt does not count
     begun = []
     for token in (5, END_OF_IMAGE, 6, 7, 7, END_OF_IMAGE, 9, 9):
@@ -39,15 +39,39 @@ def test_hops_are_noted_in_their_first_forward() -> None:
     assert begun == [1, 1, 1, 2, 2, 2, 2, 3]
 
 
-def test_image_columns_are_whole_images() -> None:
-    from dare_hf.demo.picture import _image_columns
+def test_injected_columns_open_their_hop() -> None:
+    from dare_hf.demo.picture import HopWatch
 
-    assert _image_columns([0, 5, 1, 1, 6, 5, 1], begin_id=5, length=2) == [range(2, 4)]
-    assert _image_columns([5, 1, 1, 5, 1, 1], begin_id=5, length=2) == [range(1, 3), range(4, 6)]
+    watch = HopWatch(_FakeCache(), END_OF_IMAGE)
+    watch.put(torch.tensor([[1, 2, 3]]))
+    begun = []
+    for tokens in (5, END_OF_IMAGE, [3, END_OF_IMAGE], 6, 7, 7, END_OF_IMAGE, [3], 9, 9):
+        watch.put(torch.tensor([tokens]))
+        begun.append(len(watch.states))
+    assert begun == [1, 1, 2, 2, 2, 2, 2, 3, 3, 3]
+
+
+def test_image_columns_are_whole_images() -> None:
+    from dare_hf.demo.anole import columns_after
+
+    assert columns_after([0, 5, 1, 1, 6, 5, 1], begin_id=5, length=2) == [range(2, 4)]
+    assert columns_after([5, 1, 1, 5, 1, 1], begin_id=5, length=2) == [range(1, 3), range(4, 6)]
+
+
+def test_scenes_and_crops_are_runs_of_placeholders() -> None:
+    from dare_hf.demo.volcano import Volcano
+
+    model = SimpleNamespace(config=SimpleNamespace(image_seq_length=4))
+    runner = Volcano(model, SimpleNamespace(image_token_id=5))
+    assert runner.grid == (2, 2)
+    assert runner.image_columns([1, 5, 5, 5, 5, 2, 5, 5, 5, 5]) == [range(1, 5), range(6, 10)]
+    outputs = torch.tensor([[1, 1, 2, 5, 5, 5, 5, 3], [1, 1, 2, 0, 0, 0, 0, 3]])
+    batch = SimpleNamespace(outputs=outputs, prompt_length=2)
+    assert runner.sampled_columns(batch) == 2
 
 
 def test_the_plain_sides_cost_is_what_transformers_runs() -> None:
-    from dare_hf.demo.comparison import _UnprunedCost
+    from dare_hf.demo.cost import PlainCost
     from dare_hf.tasks.mvot import BatchOutput
 
     model = tiny_model("chameleon", attn_implementation="eager")
@@ -56,7 +80,7 @@ def test_the_plain_sides_cost_is_what_transformers_runs() -> None:
         output = model.generate(
             **inputs, max_new_tokens=5, do_sample=False, return_dict_in_generate=True
         )
-    cost = _UnprunedCost(model)
+    cost = PlainCost(model, lambda batch: 5)
     cost(BatchOutput((0, 1), inputs, output, inputs["input_ids"].shape[1]))
     assert cost.flops == counter.get_total_flops()
     assert cost.sampled == 10
@@ -68,42 +92,36 @@ def test_the_plain_sides_cost_is_what_transformers_runs() -> None:
 def test_unknown_and_missing_models_are_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
-    with pytest.raises(DareConfigError, match=r"expected anole, got 'volcano' .*planned"):
-        embedded.load_embedded("volcano")
-    with pytest.raises(DareConfigError, match=r"got 'x'$"):
+    with pytest.raises(DareConfigError, match=r"expected anole or volcano, got 'x'$"):
         embedded.load_embedded("x")
     monkeypatch.setattr(embedded, "ASSETS", tmp_path)
-    with pytest.raises(DareStateError, match="reinstall"):
-        embedded.load_embedded("anole")
+    for name in embedded.RUNNERS:
+        with pytest.raises(DareStateError, match="reinstall"):
+            embedded.load_embedded(name)
 
 
-needs_the_model = pytest.mark.skipif(
-    not (embedded.ASSETS / embedded.MODELS["anole"] / "config.json").exists(),
-    reason="the embedded model is not in this tree",
-)
-
-
-@needs_the_model
 @pytest.mark.slow
-def test_both_sides_count_the_same_when_nothing_is_pruned() -> None:
+@pytest.mark.parametrize("name", list(embedded.RUNNERS))
+def test_both_sides_count_the_same_when_nothing_is_pruned(name: str) -> None:
     from dare_hf.demo.comparison import compare
-    from dare_hf.tasks import maze
 
-    model, processor = embedded.load_embedded("anole")
-    delimiters = (processor.image_end_token_id,)
+    runner = embedded.load_runner(name)
     everything = DareConfig(
-        vision_retention=1.0, text_retention=1.0, schedule="constant", hop_delimiters=delimiters
+        vision_retention=1.0,
+        text_retention=1.0,
+        schedule="constant",
+        hop_delimiters=(runner.delimiter(runner.processor),),
     )
     told = []
     result = compare(
-        model,
-        processor,
-        maze.sample(3, "easy", seed=3),
-        config=everything,
+        runner,
+        runner.sample(3, "easy", seed=3),
+        everything,
         batch_size=2,
         progress=lambda side, done, total: told.append((side, done, total)),
     )
     assert result.full.score == result.dare.score
+    assert result.full.detail == result.dare.detail
     assert result.full.sampled == result.dare.sampled
     assert result.full.flops == result.dare.flops
     assert result.full.kv_bytes == result.dare.kv_bytes
@@ -111,17 +129,18 @@ def test_both_sides_count_the_same_when_nothing_is_pruned() -> None:
     assert told == sides
 
 
-@needs_the_model
 @pytest.mark.slow
-def test_picture_has_a_column_for_each_hop() -> None:
+@pytest.mark.parametrize("name", list(embedded.RUNNERS))
+def test_picture_has_a_column_for_each_hop(name: str) -> None:
     from dare_hf.demo.picture import draw
-    from dare_hf.tasks import maze
 
-    model, processor = embedded.load_embedded("anole")
-    figure = draw(model, processor, maze.sample(8, "easy", seed=1))
+    runner = embedded.load_runner(name)
+    config = embedded.demo_config(runner.processor, name)
+    figure = draw(runner, runner.sample(8, "easy", seed=1), config)
     top, bottom = figure.subfigs
     assert len(bottom.axes) == 3
     assert [axes.get_title().split()[0] for axes in bottom.axes] == ["early", "middle", "late"]
+    assert len(top.axes) > 1
     for axes in bottom.axes:
         assert len(axes.get_xticks()) == len(top.axes), "a hop begins after each image"
         # A triangle: image i is there from hop i + 1 on.

@@ -1,4 +1,4 @@
-"""The demo's picture: a maze, its visual thoughts, and what the cache holds of them at each hop."""
+"""The demo's picture: an item, its thoughts, and what the cache holds of them at each hop."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 from transformers.generation.streamers import BaseStreamer
 
 from dare_hf import DareCache, DareConfig, apply_dare, remove_dare
-from dare_hf.demo.embedded import demo_config
-from dare_hf.tasks import maze, mvot, render
 from dare_hf.visualize import held_patches, plot_retention, stored_columns
 
 if TYPE_CHECKING:
@@ -17,31 +15,40 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
     from torch import Tensor
-    from transformers import ChameleonForConditionalGeneration
+
+    from dare_hf.demo.runner import Runner
 
 PICTURE = "retention.png"
-_PICTURE_STEPS = 4  # enough hops to see the cache thin out, few enough to read
 
 
-class _HopWatch(BaseStreamer):
-    """Notes what the cache of a batch of one holds in the first forward of each hop.
+class HopWatch(BaseStreamer):
+    """Notes what the cache of a batch of one holds when each hop begins.
 
-    transformers hands over each sampled token after the forward it came from.
+    transformers hands over the prompt, then each sampled token after the forward it came from; a
+    hop loop hands over injected columns [1, n] after their forward, which is the first of its hop.
+
+    Args:
+        cache: The cache of the run.
+        end_id: The id that ends a hop.
     """
 
     def __init__(self, cache: DareCache, end_id: int) -> None:
         self.cache, self.end_id = cache, end_id
-        self.sampled: list[int] | None = None
+        self.tokens: list[int] | None = None  # since the prompt
         self.states: list[tuple[int, list[np.ndarray]]] = []
 
     def put(self, value: Tensor) -> None:
-        """Receives the prompt, then one token at a time."""
-        if self.sampled is None:
-            self.sampled = []
+        """Receives the prompt, then one token at a time, or a block of injected ones."""
+        if self.tokens is None:
+            self.tokens = []
             return
-        self.sampled.append(int(value))
-        # The newest token is not processed yet, the one before it opened the hop.
-        begins = len(self.sampled) == 1 or self.sampled[-3:-2] == [self.end_id]
+        injected = value.dim() == 2
+        # The newest sampled token is not processed yet, the one before it opened the hop, unless
+        # injected columns did.
+        begins = injected or not self.states or self.tokens[-2:-1] == [self.end_id]
+        self.tokens += value.flatten().tolist()
+        if injected:
+            self.tokens += [-1, -1]  # what was injected ends no hop
         if begins:
             self.states.append((self.cache.get_seq_length(), stored_columns(self.cache, 0)))
 
@@ -49,56 +56,31 @@ class _HopWatch(BaseStreamer):
         """Nothing is held back."""
 
 
-def draw(
-    model: ChameleonForConditionalGeneration,
-    processor: Any,
-    items: Sequence[maze.MazeItem],
-    config: DareConfig | None = None,
-) -> Figure:
+def draw(runner: Runner, items: Sequence[Any], config: DareConfig) -> Figure:
     """Solves one of the items with DARE and draws what the cache held at each hop.
 
     Args:
-        model: A model without DARE; it is left so.
-        processor: Its processor.
-        items: The first with a readable number of steps is taken.
-        config: Default: `demo_config`.
+        runner: An embedded model without DARE; it is left so.
+        items: The runner chooses one that shows something.
+        config: Its `hop_delimiters` are the runner's.
     """
-    item = min(items, key=lambda item: abs(len(item.actions) - _PICTURE_STEPS))
+    item = runner.picture(items)
     cache, batches = DareCache(), []
-    watch = _HopWatch(cache, processor.image_end_token_id)
-    apply_dare(model, demo_config(processor) if config is None else config)
+    watch = HopWatch(cache, runner.delimiter(runner.processor))
+    apply_dare(runner.model, config)
     try:
-        solution = mvot.solve(
-            model,
-            processor,
-            [item],
-            on_batch=batches.append,
-            past_key_values=cache,
-            streamer=watch,
+        solution = runner.solve(
+            [item], on_batch=batches.append, past_key_values=cache, streamer=watch
         )[0]
     finally:
-        remove_dare(model)
+        remove_dare(runner.model)
     ids = [*batches[0].inputs["input_ids"][0].tolist(), *solution.ids]
-    columns = _image_columns(ids, processor.image_start_token_id, processor.image_seq_length)
+    columns = runner.image_columns(ids)
     held = [
-        held_patches(stored, [span for span in columns if span.stop <= seen], _grid(processor))
+        held_patches(stored, [span for span in columns if span.stop <= seen], runner.grid)
         for seen, stored in watch.states
     ]
-    images = [render.grid_to_image(item.grid(item.start)), *solution.images]
-    captions = ["the maze", *(f"thought {k}" for k in range(1, len(images)))]
-    for step in range(min(len(item.actions), len(solution.images))):
-        captions[step + 1] = item.step_text(step)
+    captions, images = zip(*runner.thoughts(item, solution), strict=True)
     verdict = f"answers {solution.answer}, right is {item.answer}"
-    title = f"A held-out maze, solved with DARE: {verdict}"
+    title = f"One of the held-out {runner.items}, solved with DARE: {verdict}"
     return plot_retention(images, held, captions=captions, title=title)
-
-
-def _grid(processor: Any) -> tuple[int, int]:
-    side = round(processor.image_seq_length**0.5)
-    return side, side
-
-
-def _image_columns(ids: Sequence[int], begin_id: int, length: int) -> list[range]:
-    """Columns of each whole image: `length` tokens after each begin-of-image."""
-    begins = (column + 1 for column, token in enumerate(ids) if token == begin_id)
-    return [range(first, first + length) for first in begins if first + length <= len(ids)]

@@ -1,0 +1,79 @@
+"""Adds up the FLOPs, the KV bytes and the sampled tokens of generate calls."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dare_hf import accounting, last_report
+from dare_hf.adapters.registry import locate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dare_hf.tasks.mvot import BatchOutput
+
+    SampledColumns = Callable[[BatchOutput], int]
+
+
+class Cost(Protocol):
+    """Totals over generate calls.
+
+    Attributes:
+        flops: FLOPs of decoder layers, scorers and lm_head.
+        kv_bytes: Bytes of the caches at the end of each call.
+        sampled: Tokens sampled, pads fed to rows that had ended among them.
+    """
+
+    flops: int
+    kv_bytes: int
+    sampled: int
+
+    def __call__(self, batch: BatchOutput) -> None:
+        """Adds one call."""
+
+
+class PlainCost:
+    """Of a model without DARE, counted from the tokens it processed.
+
+    Args:
+        model: The model.
+        columns: Sampled columns of a call.
+    """
+
+    def __init__(self, model: Any, columns: SampledColumns) -> None:
+        parts = locate(model)
+        self.shapes = accounting.shapes_of(parts.layers, parts.text_config)
+        self.hidden, self.vocab = parts.text_config.hidden_size, parts.text_config.vocab_size
+        self.itemsize, self.columns = model.dtype.itemsize, columns
+        self.flops = self.kv_bytes = self.sampled = 0
+
+    def __call__(self, batch: BatchOutput) -> None:
+        """Adds one call."""
+        prompts = batch.inputs["attention_mask"].sum(1).tolist()
+        sampled = self.columns(batch)
+        self.sampled += sampled * len(prompts)
+        self.flops += accounting.unpruned_generate_flops(
+            self.shapes, prompts, sampled, hidden=self.hidden, vocab=self.vocab
+        )
+        stored = [prompt + sampled - 1 for prompt in prompts]
+        self.kv_bytes += accounting.unpruned_kv_bytes(self.shapes, stored, self.itemsize)
+
+
+class ReportedCost:
+    """Of a model with DARE, as its reports say.
+
+    Args:
+        model: The model.
+        columns: Sampled columns of a call.
+    """
+
+    def __init__(self, model: Any, columns: SampledColumns) -> None:
+        self.model, self.columns = model, columns
+        self.flops = self.kv_bytes = self.sampled = 0
+
+    def __call__(self, batch: BatchOutput) -> None:
+        """Adds one call."""
+        report = last_report(self.model)
+        self.flops += sum(report.flops.values())
+        self.kv_bytes += report.kv_bytes
+        self.sampled += self.columns(batch) * len(batch.indices)

@@ -1,0 +1,91 @@
+"""What the demo has to know about an embedded model and its task."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dare_hf.demo.cost import PlainCost
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from PIL.Image import Image
+
+    from dare_hf.demo.cost import Cost
+    from dare_hf.tasks.mvot import BatchOutput
+
+
+class Runner(ABC):
+    """One embedded model at its task.
+
+    Args:
+        model: The model, without DARE.
+        processor: Its processor.
+    """
+
+    folder: ClassVar[str]
+    """Its folder in the installed package."""
+    items: ClassVar[str]
+    """What it solves, in the plural."""
+    detail: ClassVar[str]
+    """What is scored beside answers."""
+    plain_note: ClassVar[str] = ""
+    """What has to be said about the side without DARE."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.processor = model, processor
+
+    @staticmethod
+    @abstractmethod
+    def delimiter(processor: Any) -> int:
+        """The id that ends a hop."""
+
+    @staticmethod
+    @abstractmethod
+    def sample(n: int, split: Any, seed: int) -> list[Any]:
+        """Items of a split."""
+
+    @abstractmethod
+    def solve(self, items: Sequence[Any], **options: Any) -> list[Any]:
+        """Solutions; options as `mvot.solve` takes them."""
+
+    @abstractmethod
+    def score(self, solutions: Sequence[Any]) -> Any:
+        """Totals with `n`, `accuracy` and `accuracy_interval`."""
+
+    @abstractmethod
+    def detail_share(self, score: Any) -> float:
+        """The share that `detail` names."""
+
+    @abstractmethod
+    def picture(self, items: Sequence[Any]) -> Any:
+        """The item that is drawn."""
+
+    @abstractmethod
+    def thoughts(self, item: Any, solution: Any) -> list[tuple[str, Image]]:
+        """Captions and pictures: what the question is about, then each visual thought."""
+
+    @abstractmethod
+    def image_columns(self, ids: Sequence[int]) -> list[range]:
+        """The columns of each whole image of a sequence, in raster order."""
+
+    def plain_cost(self, observe: Callable[[BatchOutput], int]) -> Cost:
+        """Adds up what generate calls without DARE cost."""
+        return PlainCost(self.model, observe)
+
+    def sampled_columns(self, batch: BatchOutput) -> int:
+        """Columns of a generate call that were sampled."""
+        ids = getattr(batch.outputs, "sequences", batch.outputs)
+        return ids.shape[1] - batch.prompt_length
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches of an image, down and across."""
+        side = round(self.image_length**0.5)
+        return side, side
+
+    @property
+    @abstractmethod
+    def image_length(self) -> int:
+        """Tokens of an image."""
