@@ -80,7 +80,7 @@ class _Watcher:
                 for queries, weight in self.tokens.query_groups()
             ]
             self.seen.known = parts[0][0][1]
-            self.seen.importance = sum(part[0] * weight for part, weight in parts)
+            self.seen.importance = torch.stack([p[0] * w for p, w in parts]).sum(0)
             self.seen.vision_share = self._vision_share(tensors, call)
 
     def _vision_share(self, tensors: tuple[Tensor, Tensor, Tensor], call: AttentionCall) -> float:
