@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dare_hf.hop_mask import InnerHops
     from dare_hf.plan import Plan
     from dare_hf.recorder import Recorder
+    from dare_hf.simulation import Simulation
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,12 @@ class ForwardContext:
         plans: Per layer the plan it ran with.
         full_plan: The plan under which all real tokens run, once a layer has asked for it.
         cached_before: Per layer the real tokens per row its cache held before.
-            attention_score: Float[B, S] running score of the attention scorer.
+        attention_score: Float[B, S] running score of the attention scorer.
         attention_layer: The layer whose attention gave it last.
         columns: Long[B|1, C] logical position of each key of the layer that runs now.
         column_scores: Float32[B, C'] stored scores of the cached ones among them.
         inner_hops: The hops that begin inside this forward, None where none does.
+        simulation: What a training forward runs its layers by; None on the compact path.
         capture_layer: The layer that runs now and whose attention is to be read, -1 none.
     """
 
@@ -128,6 +130,7 @@ class ForwardContext:
     columns: Tensor | None = None
     column_scores: Tensor | None = None
     inner_hops: InnerHops | None = None
+    simulation: Simulation | None = None
     capture_layer: int = -1
     _local_index: Tensor | None = None
 
@@ -140,6 +143,8 @@ class ForwardContext:
         """Let go of what was gathered: it would hold the tensors a recomputation is found by."""
         for plan in self.plans.values():
             plan.gathered = None
+        if self.simulation is not None:
+            self.simulation.close()
 
     def span_and_forced(self) -> tuple[Tensor, Tensor]:
         """Bool[B, S] twice; only for a forward that has a span."""

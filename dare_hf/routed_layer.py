@@ -12,6 +12,7 @@ from dare_hf.attention import AttentionCall, push_queries, score_span
 from dare_hf.hop_mask import restrict
 from dare_hf.masks import gather_mask
 from dare_hf.plan import Plan, keep_all
+from dare_hf.simulation import simulated_forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,6 +86,9 @@ def routed_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
     if context is None:
         return state.inner(hidden_states, *args, **kwargs)
     kwargs.update(zip(state.names, args, strict=False))
+    if context.simulation is not None:
+        state.controller.remember_context(kwargs, context)
+        return simulated_forward(layer, state, context, hidden_states, kwargs)
     plan = _plan_for(layer, state, context, hidden_states)
     state.controller.remember_context(kwargs, context)
     _stage(state, context, plan, kwargs)

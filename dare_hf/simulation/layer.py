@@ -1,0 +1,143 @@
+"""A decoder layer inside a training forward: HF's own layer, a mask of gates, a gated update."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dare_hf.errors import DareInputError, DareStateError
+from dare_hf.routing import gates
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dare_hf.context import ForwardContext
+    from dare_hf.routed_layer import LayerState
+    from dare_hf.simulation.simulation import Route, Simulation
+
+
+def simulated_forward(
+    layer: nn.Module, state: LayerState, context: ForwardContext, hidden: Tensor, kwargs: Any
+) -> Any:
+    """The layer at full length: keys seen by hop through the mask, updates by the route's gate.
+
+    Args:
+        layer: The decoder layer.
+        state: What DARE keeps on it.
+        context: The training forward.
+        hidden: [B, S, D] hidden states that enter the layer.
+        kwargs: The layer's keyword arguments.
+
+    Returns:
+        What the layer returns; a token that does not run keeps its input exactly.
+
+    Raises:
+        DareInputError: The dtype or the mask cannot carry gates.
+        DareStateError: The layer is repeated after its forward has ended.
+
+    Source: docs/method.md, section 7.
+    """
+    simulation = context.simulation
+    assert simulation is not None
+    if simulation.closed:
+        raise DareStateError(
+            "expected gradient checkpointing by model.gradient_checkpointing_enable(); got a "
+            "decoder layer that is run again as a whole, after its forward. Take off the outer "
+            "checkpoint wrapper and enable it on the model"
+        )
+    _check_dtype(hidden)
+    route = simulation.route(layer, state.index, hidden)
+    table = simulation.key_gates(state.index, route)
+    if table is not None:
+        _check_checkpointing(layer)
+        mask = _full_mask(simulation, state, kwargs.get("attention_mask"), hidden)
+        seen = _by_query(table, context.token_hop)[:, None]
+        kwargs = kwargs | {"attention_mask": mask + seen.to(hidden.device, hidden.dtype)}
+    output = state.inner(hidden, **kwargs)
+    learns = simulation.learns(state.index)
+    if isinstance(output, tuple):
+        return (_update(simulation, route, hidden, output[0], learns), *output[1:])
+    return _update(simulation, route, hidden, output, learns)
+
+
+def _update(
+    simulation: Simulation, route: Route, hidden: Tensor, output: Tensor, learns: bool
+) -> Tensor:
+    """The gated update: exactly the layer's output, or its input, with the gates' gradient."""
+    device, dtype = hidden.device, hidden.dtype
+    run = route.run.to(device)[..., None]
+    scores = route.scores.to(device)[..., None]
+    change = output - hidden
+    if simulation.multiplies:
+        scaled = scores * change
+        kept = torch.where(run, hidden + scaled.to(dtype), hidden)
+    else:
+        scaled, kept = change, torch.where(run, output, hidden)
+    if not learns:
+        return kept
+    pull = gates.passed(route.gate).to(device)[..., None]
+    if not simulation.multiplies:
+        pull = pull + run * gates.passed(scores)
+    return kept + (pull * scaled).to(dtype)
+
+
+def _by_query(table: Tensor, hop: Tensor) -> Tensor:
+    """Float[B, S, S]: log gate of each key for each query; every query sees itself.
+
+    Args:
+        table: Float[B, H, S] gate of each key by the query's hop.
+        hop: Int[B, S] hop of each query.
+    """
+    size = hop.shape[1]
+    index = hop.long()[:, :, None].expand(-1, -1, size)
+    seen = gates.log_gates(table).gather(1, index)
+    itself = torch.eye(size, dtype=torch.bool, device=seen.device)
+    return seen.masked_fill(itself, 0.0)
+
+
+def _full_mask(simulation: Simulation, state: LayerState, mask: Any, hidden: Tensor) -> Tensor:
+    """HF's mask in additive form [B|1, H|1, S, S]; one for all layers that get the same."""
+    key = (id(mask), state.causal, hidden.device)
+    if key not in simulation.masks:
+        simulation.masks[key] = (mask, _additive(mask, state.causal, hidden))
+    return simulation.masks[key][1]
+
+
+def _additive(mask: Any, causal: bool, hidden: Tensor) -> Tensor:
+    size, low = hidden.shape[1], torch.finfo(hidden.dtype).min
+    if mask is None:
+        mask = torch.ones(size, size, dtype=torch.bool, device=hidden.device)
+        mask = (mask.tril() if causal else mask)[None, None]
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
+        raise DareInputError(
+            "attention_mask: expected a mask [batch, 1, tokens, tokens] (sdpa or eager), to which "
+            f"gates can be added; the layer got {type(mask).__name__}. Load the model with "
+            "attn_implementation='sdpa'"
+        )
+    if mask.dtype != torch.bool:
+        return mask.to(hidden.dtype)
+    return torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill(~mask, low)
+
+
+def _check_dtype(hidden: Tensor) -> None:
+    kind = hidden.device.type
+    half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    if hidden.dtype == torch.float16 or half:
+        raise DareInputError(
+            "expected float32 or bfloat16 in training: the gradient of a closed gate leaves "
+            "float16's range; got float16. Load the model in bfloat16, or train with bf16=True"
+        )
+
+
+def _check_checkpointing(layer: nn.Module) -> None:
+    """Refuse reentrant checkpoints, through which no gradient reaches a mask."""
+    if not (getattr(layer, "gradient_checkpointing", False) and layer.training):
+        return
+    function = getattr(layer, "_gradient_checkpointing_func", None)
+    if getattr(function, "keywords", {}).get("use_reentrant"):
+        raise DareInputError(
+            "gradient_checkpointing_kwargs: expected use_reentrant=False, with which gradients "
+            "reach the routers through the attention mask; got use_reentrant=True. Pass "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}"
+        )
