@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0.dev0"
 
-# Where each public name lives: loaded on first use, so that importing the package is cheap.
+# Where each public name lives: loaded on first use.
 _HOMES = {
     "DareCache": "cache",
     "DareConfig": "config",
@@ -48,3 +48,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# `import dare_hf` is what makes the adapters known to peft (docs/adapters.md); the names above stay
+# lazy, so that a module of this package can be imported while the package itself is.
+importlib.import_module(f"{__name__}.peft_method")

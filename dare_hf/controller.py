@@ -20,19 +20,23 @@ from dare_hf.hop_pruning import never_thins
 from dare_hf.plan import Planner
 from dare_hf.reading import close_context, open_context
 from dare_hf.recorder import Recorder
+from dare_hf.simulation import SimulationRecord, open_simulation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
+    from dare_hf.active_adapter import ActiveAdapter
     from dare_hf.adapters import Anatomy
-    from dare_hf.config import DareConfig
-    from dare_hf.context import ForwardContext, GenerationCall, TokenRules
+    from dare_hf.context import ForwardContext, GenerationCall
     from dare_hf.report import DareReport
     from dare_hf.routers.router import Router
-    from dare_hf.routing.retention import RetentionTable
-    from dare_hf.scorers import Scorer
+    from dare_hf.settings import Settings
+
+
+# Keyword arguments of a forward that the model itself never sees.
+_OWN = ("modality_mask", "hop_ids")
 
 
 class _Open(NamedTuple):
@@ -42,7 +46,7 @@ class _Open(NamedTuple):
     context: ForwardContext
     kwargs: Mapping[str, Any]
     started: float
-    recorder: Recorder
+    recorder: Recorder | None
 
 
 class _Local(threading.local):
@@ -53,6 +57,8 @@ class _Local(threading.local):
         self.calls: list[GenerationCall] = []
         self.last: Recorder | None = None
         self.disabled = 0
+        self.lesson: dict[str, Any] = {}
+        self.record: SimulationRecord | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Local:
         return _Local()
@@ -72,17 +78,14 @@ class Controller:
 
     def __init__(
         self,
-        config: DareConfig,
-        table: RetentionTable,
-        scorer: Scorer,
-        rules: TokenRules,
+        settings: Settings,
         anatomy: Anatomy,
         base_implementation: str,
         exempt: frozenset[int],
     ) -> None:
-        self.config, self.table, self.scorer, self.rules = config, table, scorer, rules
         self.anatomy, self.base_implementation, self.exempt = anatomy, base_implementation, exempt
-        self.planner = Planner(config, table)
+        self.adapter: ActiveAdapter | None = None
+        self.configure(settings)
         shapes = shapes_of(anatomy.layers, anatomy.text_config)
         self.shapes = [replace(shape, window=None) for shape in shapes]
         self.notes: list[str] = []
@@ -91,13 +94,27 @@ class Controller:
                 "sliding-window layers are counted with all tokens on both sides: this cache "
                 "stores them so; transformers' own cache would hold the window only"
             )
-        rates = [rate for row in (*table.vision, *table.text) for rate in row]
-        self.never_prunes = min(rates) >= 1.0 and config.max_kv_tokens is None
-        layers = range(len(anatomy.layers))
-        self._unthinned = {i for i in layers if never_thins(config, table, i)}
+        self.tau = self.config.tau_start
         self.token_kwargs = dict(anatomy.spec.token_kwargs)
         self._local = _Local()
         self._recompute: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def configure(self, settings: Settings) -> None:
+        """Route by these settings from the next forward on."""
+        config, table = settings.config, settings.table
+        self.config, self.table = config, table
+        self.scorer, self.rules = settings.scorer, settings.rules
+        self.planner = Planner(config, table)
+        rates = [rate for row in (*table.vision, *table.text) for rate in row]
+        self.never_prunes = min(rates) >= 1.0 and config.max_kv_tokens is None
+        layers = range(len(self.anatomy.layers))
+        self._unthinned = {i for i in layers if never_thins(config, table, i)}
+
+    def follow_adapter(self) -> None:
+        """Take over what has become of the active adapter: another one, or other rates."""
+        changed = None if self.adapter is None else self.adapter.changed()
+        if changed is not None:
+            self.configure(changed)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Controller:
         import copy
@@ -111,8 +128,9 @@ class Controller:
 
     @property
     def disabled(self) -> bool:
-        """Whether this thread is inside a `dare_disabled` block."""
-        return self._local.disabled > 0
+        """Whether the model is the plain one now: `dare_disabled` in this thread, or peft."""
+        switched_off = self.adapter is not None and not self.adapter.running
+        return switched_off or self._local.disabled > 0
 
     @contextmanager
     def disable(self) -> Iterator[None]:
@@ -126,7 +144,7 @@ class Controller:
     @property
     def routers(self) -> list[Router] | None:
         """The active adapter's router of each decoder layer; None without an adapter."""
-        return None
+        return None if self.adapter is None else self.adapter.routers
 
     # what the routed layers ask
 
@@ -192,12 +210,16 @@ class Controller:
         """
         self._drop_stale(module)
         if self.disabled or self._local.contexts:
-            return {k: v for k, v in kwargs.items() if k != "modality_mask"}
-        kwargs = dict(kwargs)
+            return _without_own(kwargs)
+        self.follow_adapter()
         call = self._local.calls[-1] if self._local.calls else None
+        if call is None and self._open_simulation(module, kwargs):
+            return _without_own(kwargs) | {"use_cache": False, "past_key_values": None}
+        kwargs = dict(kwargs)
         cache = self._cache_for(kwargs)
         started = time.perf_counter()
-        context = open_context(kwargs, cache, self.rules, call)
+        taught = kwargs | self._local.lesson if call is None else kwargs
+        context = open_context(taught, cache, self.rules, call)
         recorder = self._recorder(cache, call)
         if cache is not None:
             recorder.note_compaction(compact(cache, self.config, self.table))
@@ -206,7 +228,36 @@ class Controller:
             log = cache.log if cache is not None else TokenLog()
             context.inner_hops = InnerHops(context, log, self.config, self.table)
         self._local.contexts.append(_Open(module, context, kwargs, started, recorder))
-        return {k: v for k, v in kwargs.items() if k != "modality_mask"}
+        return _without_own(kwargs)
+
+    def _open_simulation(self, module: Any, kwargs: dict[str, Any]) -> bool:
+        """Open the context of a training forward, where this is one the compact path leaves."""
+        check_cache(kwargs.get("past_key_values"))
+        context = open_simulation(kwargs | self._local.lesson, self)
+        if context is None:
+            return False
+        self._local.record = None
+        self._local.contexts.append(_Open(module, context, kwargs, time.perf_counter(), None))
+        return True
+
+    @contextmanager
+    def teach(self, **lesson: Any) -> Iterator[None]:
+        """Read forwards of the block by these `labels` and `hop_ids`, whatever reaches the model.
+
+        A trainer may take the labels out of the arguments (label smoothing), or call the model
+        inside the one that takes labels (TRL).
+        """
+        before = self._local.lesson
+        self._local.lesson = {name: value for name, value in lesson.items() if value is not None}
+        try:
+            yield
+        finally:
+            self._local.lesson = before
+
+    @property
+    def record(self) -> SimulationRecord | None:
+        """What this thread's last training forward noted for the auxiliary losses."""
+        return self._local.record
 
     def _drop_stale(self, module: Any) -> None:
         """Forget forwards that an interrupt (KeyboardInterrupt) left open."""
@@ -228,7 +279,11 @@ class Controller:
             return
         entry = self._local.contexts.pop()
         context, cache = entry.context, entry.context.cache
+        if context.simulation is not None and not failed:
+            self._local.record = context.simulation.record
         context.release()
+        if context.simulation is not None:
+            return
         if failed:
             if cache is not None:
                 cache.rollback()
@@ -237,6 +292,7 @@ class Controller:
             cache.commit()
         close_context(context, entry.kwargs, self.rules)
         recorder = entry.recorder
+        assert recorder is not None
         recorder.note_forward(context)
         capped = self.config.max_kv_tokens is not None
         ended = context.span_ends is not None and not any(context.sampled)
@@ -314,6 +370,11 @@ class Controller:
                 "has run yet in this thread. Call model.generate(...) first"
             )
         return self._local.last.report()
+
+
+def _without_own(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments without those that only DARE reads."""
+    return {name: value for name, value in kwargs.items() if name not in _OWN}
 
 
 def check_cache(cache: Any) -> None:

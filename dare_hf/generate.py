@@ -84,6 +84,7 @@ def routed_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
                 "dare_disabled. Leave the block; retention 1.0 prunes nothing"
             )
         return inner(*args, **kwargs)
+    controller.follow_adapter()
     names = ("inputs", "generation_config")
     given = dict(zip(names, args, strict=False)) | kwargs
     config = given.get("generation_config")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from dare_hf.errors import DareConfigError, DareInputError, DareStateError
+from dare_hf.routers.holder import holder_of
 from dare_hf.routing.retention import UNSCORED_LAYERS
 from dare_hf.routing.scores import key_norm_scores, position_scores, random_scores
 
@@ -75,7 +76,7 @@ def make_scorer(config: DareConfig, key_path: tuple[str | None, str]) -> Scorer:
         key_path: The architecture's pre-attention norm and key projection.
 
     Raises:
-        DareConfigError: The name is unknown, or it is the router and there is no adapter.
+        DareConfigError: The name is unknown.
     """
     name = config.scorer
     if name == "attention":
@@ -89,10 +90,7 @@ def make_scorer(config: DareConfig, key_path: tuple[str | None, str]) -> Scorer:
     if name in _REGISTERED:
         return FunctionScorer(name, _REGISTERED[name])
     if name == "router":
-        raise DareConfigError(
-            "scorer: expected a trained router adapter for 'router'; got a configuration without "
-            "one. Use scorer='attention', which needs no training"
-        )
+        return RouterScorer()
     known = ", ".join((*BUILT_IN, *sorted(_REGISTERED)))
     raise DareConfigError(f"scorer: expected one of {known}; got {name!r}")
 
@@ -205,6 +203,32 @@ class AttentionScorer:
                 "attention implementation, then apply_dare(model) again"
             )
         return context.attention_score
+
+
+@dataclass(frozen=True)
+class RouterScorer:
+    """The active adapter's routers (method page, "Scores"); without gradients."""
+
+    untrained: bool = False
+    needs_attention: bool = False
+
+    def scores(
+        self, context: ForwardContext, layer: nn.Module, index: int, hidden: Tensor
+    ) -> Tensor:
+        """Float32[B, S] in (0, 1), 0 for pads.
+
+        Raises:
+            DareStateError: The layer has no router.
+        """
+        holder = holder_of(layer)
+        router = None if holder is None else holder.router
+        if router is None:
+            raise DareStateError(
+                f"expected a router on layer {index}; its child module was taken off or replaced. "
+                "Unload the adapter and load it again"
+            )
+        with torch.no_grad():
+            return router(hidden, context.modality.to(hidden.device)).float()
 
 
 def _head_dim(layer: Any) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import nn
     from torch.utils.hooks import RemovableHandle
 
 
@@ -21,10 +22,14 @@ class UndoRecord:
         changes: (object, attribute, value before, value set); a missing value before is recorded
             as such, so that undoing deletes the attribute.
         handles: Hooks that were registered.
+        children: (module, name) of child modules that were added.
+        frozen: Parameters that were trainable before.
     """
 
     changes: list[tuple[Any, str, Any, Any]] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
+    children: list[tuple[nn.Module, str]] = field(default_factory=list)
+    frozen: list[nn.Parameter] = field(default_factory=list)
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set an instance attribute, remembering what the instance itself had."""
@@ -36,14 +41,33 @@ class UndoRecord:
         """Remember a hook."""
         self.handles.append(handle)
 
+    def child(self, owner: nn.Module, name: str, module: nn.Module) -> None:
+        """Add a child module."""
+        owner.add_module(name, module)
+        self.children.append((owner, name))
+
+    def freeze(self, parameter: nn.Parameter) -> None:
+        """Make a parameter untrainable, remembering whether it was."""
+        if parameter.requires_grad:
+            parameter.requires_grad_(False)
+            self.frozen.append(parameter)
+
+    def thaw(self) -> None:
+        """Make trainable what `freeze` made untrainable."""
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
+        self.frozen.clear()
+
     def undo(self) -> None:
-        """Put everything back.
+        """Put everything back; `thaw` is a step of its own, since other adapters may need it not.
 
         A forward that somebody (an accelerate hook) has wrapped since is taken out of the middle:
         their wrapper stays and calls what was there before.
         """
         for handle in reversed(self.handles):
             handle.remove()
+        for owner, name in reversed(self.children):
+            owner._modules.pop(name, None)
         for owner, name, before, value in reversed(self.changes):
             current = vars(owner).get(name, _Missing)
             wrapped = vars(owner).get("_old_forward") if name == "forward" else None
@@ -54,5 +78,5 @@ class UndoRecord:
                 vars(owner).pop(name, None)
             else:
                 object.__setattr__(owner, name, before)
-        self.changes.clear()
-        self.handles.clear()
+        for record in (self.changes, self.handles, self.children):
+            record.clear()

@@ -60,6 +60,10 @@ class Router(nn.Module):
         else:
             self.register_buffer("rate_logits", start.logit(), persistent=False)
 
+    def forward(self, hidden: Tensor, modality: Tensor) -> Tensor:
+        """`scores`, so that accelerate's offload hooks bring the weights first."""
+        return self.scores(hidden, modality)
+
     def scores(self, hidden: Tensor, modality: Tensor) -> Tensor:
         """Float32[B, S] in (0, 1): each token's score under its own modality's row, 0 for pads.
 

@@ -144,6 +144,29 @@ def build_table(
     )
 
 
+def learned_table(
+    rates: Sequence[Sequence[Sequence[float]]], *, plan_every: int = 1
+) -> RetentionTable:
+    """The rates an adapter has learned, as a table.
+
+    A layer selects when its index is a multiple of `plan_every`; the others reuse that selection
+    and its rates, so their own rates are not read.
+
+    Args:
+        rates: ``[hops][layers][text, vision]`` in [0, 1]; the last row serves all later hops.
+        plan_every: layers that share one selection.
+
+    Source: docs/method.md, section 3.
+    """
+    layers = range(len(rates[0]))
+    plans = tuple(layer - layer % plan_every for layer in layers)
+    visions, texts = (
+        tuple(tuple(_clamp(row[plan][kind]) for plan in plans) for row in rates)
+        for kind in (VISION, TEXT)
+    )
+    return RetentionTable(visions, texts, plans, free_layers=(True,) * len(plans))
+
+
 def _two_stage_row(target: float, free: Sequence[bool], cut: int) -> Row:
     """Rates a (free layers up to `cut`) and b = a/4 (behind it) with mean `target` over ALL layers.
 
@@ -209,4 +232,12 @@ def _clamp(rate: float) -> float:
     return min(max(rate, MIN_RATE), 1.0)
 
 
-__all__ = ["TEXT", "VISION", "RetentionTable", "budget", "build_table", "resolve_cut_layer"]
+__all__ = [
+    "TEXT",
+    "VISION",
+    "RetentionTable",
+    "budget",
+    "build_table",
+    "learned_table",
+    "resolve_cut_layer",
+]

@@ -1,0 +1,105 @@
+"""Which adapter routes now, and the settings and learned rates that come with it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dare_hf.routers.holder import active_routers, holder_of
+from dare_hf.routing.retention import learned_table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+    from dare_hf.routers.router import Router
+    from dare_hf.settings import Settings
+
+
+class ActiveAdapter:
+    """Follows the adapter that peft, or `apply_dare`, has made active on a model's layers.
+
+    Args:
+        layers: The decoder layers; each has a router holder.
+
+    Attributes:
+        settings: What each adapter's configuration means on this model, by adapter name.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = layers
+        self.settings: dict[str, Settings] = {}
+        self._current: Settings | None = None
+        self._read: list[tuple[Tensor, int | None]] = []
+        self._values: Tensor | None = None
+
+    @property
+    def name(self) -> str | None:
+        """Name of the active adapter, None without one."""
+        holder = holder_of(self._layers[0])
+        return None if holder is None else holder.active
+
+    @property
+    def running(self) -> bool:
+        """Whether an adapter is active and switched on; else the model is the plain one."""
+        holder = holder_of(self._layers[0])
+        return holder is not None and holder.enabled and holder.active is not None
+
+    @property
+    def routers(self) -> list[Router] | None:
+        """The active adapter's router of each layer; None without one."""
+        return active_routers(self._layers)
+
+    def changed(self) -> Settings | None:
+        """The settings to use from now on; None where those in use still hold.
+
+        Learned rates are read again when a parameter is another one or was written to: no copy
+        from a device otherwise. On the CPU, where reading costs no copy, their values are compared.
+        """
+        name, routers = self.name, self.routers
+        if name is None or routers is None:
+            return None
+        settings = self.settings[name]
+        if not settings.config.learns_rates:
+            if settings is self._current:
+                return None
+            self._current, self._read = settings, []
+            return settings
+        if settings is self._current and not self._written(routers):
+            return None
+        self._current = settings
+        return replace(settings, table=self._table(routers, settings))
+
+    def _written(self, routers: list[Router]) -> bool:
+        logits = [router.rate_logits for router in routers]
+        values = _stacked(logits)
+        if values is not None:
+            return self._values is None or not torch.equal(values, self._values)
+        now = [(tensor, _version(tensor)) for tensor in logits]
+        pairs = zip(now, self._read, strict=False)
+        return not self._read or any(a is not b or v != w for (a, v), (b, w) in pairs)
+
+    def _table(self, routers: list[Router], settings: Settings) -> Any:
+        self._read = [(router.rate_logits, _version(router.rate_logits)) for router in routers]
+        self._values = _stacked([router.rate_logits for router in routers])
+        with torch.no_grad():
+            rates = torch.stack([router.rates().cpu() for router in routers]).double().tolist()
+        first = routers[0]
+        rows = [first.rate_row(hop) for hop in range(first.rate_logits.shape[0])]
+        by_hop = [[layer[row] for layer in rates] for row in rows]
+        return learned_table(by_hop, plan_every=settings.config.plan_every)
+
+
+def _stacked(logits: Sequence[Tensor]) -> Tensor | None:
+    """Float32[layers, hops, 2] rate logits where they are all on the CPU, else None."""
+    if any(tensor.device.type != "cpu" for tensor in logits):
+        return None
+    return torch.stack([tensor.detach() for tensor in logits])
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was written to in place; inference tensors do not say."""
+    return None if tensor.is_inference() else tensor._version

@@ -1,0 +1,61 @@
+"""The routers of one decoder layer: its child module `dare_router`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+from dare_hf.routers.router import Router
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+# The child's name on a decoder layer; every parameter key holds peft's prefix "dare_" through it.
+NAME = "dare_router"
+
+
+class RouterHolder(nn.ModuleDict):
+    """The routers of one decoder layer by adapter name.
+
+    A child beside HF's own modules, so that `.to()`, device maps, `state_dict` and FSDP see it.
+    This one holds the single adapter that `apply_dare(model, folder)` has read.
+    """
+
+    @property
+    def active(self) -> str | None:
+        """Name of the adapter that routes now, None without one."""
+        return next(iter(self.keys()), None)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the adapter is switched on."""
+        return True
+
+    @property
+    def router(self) -> Router | None:
+        """The active adapter's router."""
+        name = self.active
+        return None if name is None else cast("Router", self[name])
+
+
+def holder_of(layer: nn.Module) -> RouterHolder | None:
+    """The router holder of a decoder layer, None where it has none."""
+    return cast("RouterHolder | None", layer._modules.get(NAME))
+
+
+def active_routers(layers: Iterable[nn.Module]) -> list[Router] | None:
+    """The active adapter's router of each layer; None without one."""
+    routers = [holder.router if (holder := holder_of(layer)) else None for layer in layers]
+    return None if None in routers else cast("list[Router]", routers)
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """Where a layer computes: its weights' device, the hook's where accelerate has taken them."""
+    for name, parameter in layer.named_parameters():
+        if not name.startswith(NAME) and parameter.device.type != "meta":
+            return parameter.device
+    hooks = (getattr(module, "_hf_hook", None) for module in layer.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((device for device in devices if device is not None), "cpu"))
