@@ -247,7 +247,7 @@ class Controller:
         A trainer may take the labels out of the arguments (label smoothing), or call the model
         inside the one that takes labels (TRL).
         """
-        before = self._local.lesson
+        before, self._local.record = self._local.lesson, None
         self._local.lesson = {name: value for name, value in lesson.items() if value is not None}
         try:
             yield

@@ -122,6 +122,11 @@ class Simulation:
         """Whether a layer's update is really multiplied by the score."""
         return self.config.score_scaling == "multiply"
 
+    @property
+    def learns_rates(self) -> bool:
+        """Whether the rates are the routers'."""
+        return self.routers is not None and self.config.learns_rates
+
     def learns(self, index: int) -> bool:
         """Whether the router of a layer wants gradients from this forward."""
         if self.routers is None or not torch.is_grad_enabled():
@@ -211,9 +216,9 @@ class Simulation:
         return Route(run, gate, scores, ranked)
 
     def _scores(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        if self.routers is not None:
+        if self.routers is not None and self.config.scorer == "router":
             modality = self.context.modality.to(hidden.device)
-            return self.routers[index].scores(hidden, modality)
+            return self.routers[index](hidden, modality)
         with torch.no_grad():
             return self.scorer.scores(self.context, layer, index, hidden.detach())
 
@@ -268,7 +273,7 @@ class Simulation:
 
     def _rate(self, hop: int, index: int, modality: int) -> Tensor | float:
         """The rate as the losses and soft budgets see it: learned ones with their gradient."""
-        if self.routers is None or self.config.schedule != "learned":
+        if self.routers is None or not self.learns_rates:
             return self.table.rate(hop, index, modality)
         router = self.routers[index]
         return router.rates()[router.rate_row(hop), modality].to(self.context.device)
