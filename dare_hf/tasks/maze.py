@@ -164,7 +164,7 @@ def sample_one(
     size = drawn_size if size is None else size
     length = drawn_length if length is None else length
     while True:
-        walls = _random_walls(rng, size)
+        walls = random_walls(rng, size)
         if is_held_out(walls) == (split != "train"):
             break
     start, actions, end = _random_walk(rng, walls, length)
@@ -174,7 +174,7 @@ def sample_one(
     return MazeItem(size, walls, offset, letters, start, actions)
 
 
-def _random_walls(rng: np.random.Generator, size: int) -> tuple[tuple[int, ...], ...]:
+def random_walls(rng: np.random.Generator, size: int) -> tuple[tuple[int, ...], ...]:
     """A random spanning tree of the cells (randomised Kruskal) with some further walls opened."""
     walls = [[15] * size for _ in range(size)]
     sides = [(r, c, EAST) for r in range(size) for c in range(size - 1)]

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from dare_hf.errors import DareInputError
+from dare_hf.tasks import frozen_lake
 from dare_hf.tasks.maze import EAST, FIELD, NORTH, NUM_CELL_TYPES, SOUTH, WEST
 
 PATCH = 8
@@ -22,6 +23,21 @@ _GLYPHS = (
     ("011", "100", "100", "100", "011"),
     ("110", "101", "101", "101", "110"),
 )
+# FrozenLake's tiles: one letter a pixel.
+_LAKE_RGB = {
+    ".": (176, 224, 246),
+    "i": (140, 200, 232),
+    "#": (16, 40, 92),
+    "g": (222, 160, 20),
+    "r": (190, 20, 110),
+    "a": (20, 120, 30),
+}
+_LAKE_TILES = {
+    frozen_lake.ICE: "iiiiiii./i......./i....i../i...i.../i......./i......./i......./........",
+    frozen_lake.HOLE: "iiiiiii./i.####../i######./i######./i######./i######./i.####../........",
+    frozen_lake.GIFT: "iiiiiii./i..r..r./i...rr../i.ggrrgg/i.ggrrgg/i..grrg./i..grrg./........",
+}
+_AGENT = "..aa..../.aaaa.../..aa..../.aaaa.../a.aa.a../..aa..../.a..a.../.a..a..."
 
 
 @cache
@@ -33,6 +49,9 @@ def patch_table() -> np.ndarray:
         walls, rest = divmod(kind - 1, 10)
         letter, red = divmod(rest, 2)
         table[kind] = _draw_cell(walls, letter, bool(red))
+    for ground, drawing in _LAKE_TILES.items():
+        for agent in (False, True):
+            table[frozen_lake.tile(ground, agent)] = _draw_tile(drawing, agent)
     table.setflags(write=False)
     return table
 
@@ -59,6 +78,16 @@ def _draw_cell(walls: int, letter: int, red: bool) -> np.ndarray:
     elif red:
         patch[2:6, 2:6] = _RED_RGB
     return patch
+
+
+def _draw_tile(drawing: str, agent: bool) -> np.ndarray:
+    """A FrozenLake tile; the agent stands at its left, so that the ground stays visible."""
+    dots = [list(line) for line in drawing.split("/")]
+    if agent:
+        for y, line in enumerate(_AGENT.split("/")):
+            for x, dot in enumerate(line):
+                dots[y][x] = dot if dot != "." else dots[y][x]
+    return np.array([[_LAKE_RGB[dot] for dot in line] for line in dots], dtype=np.uint8)
 
 
 def grid_to_array(grid: np.ndarray) -> np.ndarray:
