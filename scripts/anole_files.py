@@ -16,7 +16,7 @@ from transformers import (
 from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
 
 from dare_hf.generation.vq_decoder import VQPatchDecoder
-from dare_hf.tasks import maze, render
+from dare_hf.tasks import ghost, maze, render
 
 IMAGE_TOKENS = maze.FIELD**2
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<sep>", "<image>", "<boi>", "<eoi>"]
@@ -36,6 +36,8 @@ _TEXTS = (
     "that you are it maze red blue yes no true false true False hop step steps answer Answer: "
     "Question: Image: User: Assistant:",
 )
+# Words of later tasks come last, so that the ids of all others stay what they were.
+_LATER_TEXTS = (ghost.PROMPT.format(looks=" "), "Look.")
 
 
 def image_token_name(code: int) -> str:
@@ -43,8 +45,13 @@ def image_token_name(code: int) -> str:
     return "IMGIMG" + "".join(chr(ord("A") + int(digit)) for digit in str(code)) + "Z"
 
 
+def _words(texts: tuple[str, ...]) -> set[str]:
+    return {w for text in texts for w in re.findall(r"\w+|[^\w\s]", text.replace("<image>", ""))}
+
+
 def vocabulary() -> dict[str, int]:
-    words = sorted({w for text in _TEXTS for w in re.findall(r"\w+|[^\w\s]", text)} - set(NUMBERS))
+    words = sorted(_words(_TEXTS) - set(NUMBERS))
+    words += sorted(_words(_LATER_TEXTS) - {*words, *NUMBERS})
     images = [image_token_name(code) for code in range(CODES)]
     return {token: k for k, token in enumerate([*SPECIAL, *images, *NUMBERS, *words])}
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import ChameleonVQVAE, ChameleonVQVAEConfig
 
 from dare_hf.generation.vq_decoder import VQPatchDecoder
-from dare_hf.tasks import maze, render
+from dare_hf.tasks import frozen_lake, maze, render
 
 CODES = maze.NUM_CELL_TYPES
 VQ_CONFIG = {
@@ -128,5 +128,47 @@ def train_vq(steps: int, out: Path, seed: int, log: Log) -> None:
                     "commit": round(commit.item(), 6),
                     **vq_exactness(vq, decoder, states[:256]),
                 }
+            log(entry | {"seconds": round(time.time() - start)})
+            torch.save({"vq": vq.state_dict(), "decoder": decoder.state_dict()}, out / "vq.pt")
+
+
+def adapt_vq(
+    vq: ChameleonVQVAE, decoder: VQPatchDecoder, steps: int, out: Path, seed: int, log: Log
+) -> None:
+    """Teaches a trained VQ cell types that are drawn anew; saves `out`/vq.pt.
+
+    The codebook stays as it is and code k stays that of cell type k, so that a language model
+    trained on these codes keeps its words: the encoder learns to put every type's latents at its
+    code, the decoder to draw every code. Distances to all codes are named by cross-entropy.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    mazes = maze.sample(700, "train", seed=seed + 1000)
+    lakes = frozen_lake.sample(700, "train", seed=seed + 1000)
+    states = np.concatenate([item.grids() for item in (*mazes, *lakes)])
+    book = vq.quantize.embedding.weight.detach().clone()
+    vq.quantize.requires_grad_(False)
+    params = [*vq.encoder.parameters(), *vq.quant_conv.parameters(), *decoder.parameters()]
+    optimizer = torch.optim.AdamW(params, lr=1e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps + 1, pct_start=0.1)
+    start = time.time()
+    for step in range(steps):
+        grids = vq_batch(rng, states, 16)
+        kinds = torch.from_numpy(grids)
+        points = latents(vq, grids).permute(0, 2, 3, 1)
+        distance = torch.cdist(points.flatten(0, 2), book).square()
+        named = functional.cross_entropy(-distance, kinds.flatten())
+        near = functional.mse_loss(points, book[kinds])
+        exact = book[kinds].permute(0, 3, 1, 2)
+        drawn = functional.mse_loss(decoder(exact), pixels_of(grids))
+        optimizer.zero_grad()
+        (drawn + 0.1 * named + near).backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 49 or step == steps - 1:
+            entry = {"stage": "vq_adapt", "step": step + 1, "mse": round(drawn.item(), 6)}
+            entry |= {"named": round(named.item(), 5), "near": round(near.item(), 6)}
+            entry |= vq_exactness(vq, decoder, states[rng.permutation(len(states))[:256]])
             log(entry | {"seconds": round(time.time() - start)})
             torch.save({"vq": vq.state_dict(), "decoder": decoder.state_dict()}, out / "vq.pt")
