@@ -48,7 +48,7 @@ class Tokens:
 
 @dataclass
 class Seen:
-    """What was observed of one layer in one forward.
+    """What was observed of one layer in one forward; empty before it.
 
     Attributes:
         hidden: [B, S, D] states that entered it.
@@ -57,9 +57,9 @@ class Seen:
         vision_share: Share of its attention that text of the continuation puts on vision.
     """
 
-    hidden: Tensor | None = None
-    importance: Tensor | None = None
-    known: Tensor | None = None
+    hidden: Tensor = field(default_factory=lambda: torch.empty(0))
+    importance: Tensor = field(default_factory=lambda: torch.empty(0))
+    known: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
     vision_share: float = 0.0
 
 

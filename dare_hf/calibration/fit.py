@@ -1,0 +1,300 @@
+"""fit_router: linear routers and per-layer rates without a gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.utils import logging
+
+from dare_hf.apply import dare_disabled
+from dare_hf.calibration.budgets import measure_cut_layer, spread_budget
+from dare_hf.calibration.continuation import continued
+from dare_hf.calibration.observe import Tokens, watching
+from dare_hf.calibration.ridge import CrossFitted
+from dare_hf.config import DareConfig
+from dare_hf.errors import DareConfigError, DareInputError, DareStateError
+from dare_hf.modality import resolve_span
+from dare_hf.routing.kinds import PAD, TEXT, VISION
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from torch import Tensor
+
+    from dare_hf.calibration.observe import Seen
+    from dare_hf.controller import Controller
+    from dare_hf.routers.router import Router
+
+logger = logging.get_logger("dare_hf")
+
+KINDS = {TEXT: "text", VISION: "vision"}
+# Rates tried in one layer while all others keep everything, falling.
+TRIED_RATES = {VISION: (0.6, 0.35, 0.15, 0.04), TEXT: (0.8, 0.6, 0.4)}
+# Added to importance before its logarithm: attention below this share of the mean counts the same.
+_FLOOR = 0.01
+_ALL = 30.0  # a rate logit that keeps every token
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `fit_router` has measured.
+
+    Attributes:
+        explained: Per layer (text, vision): share of the variance of log importance that the router
+            explains on prompts it was not fitted to; 0 or less means nothing was learned.
+        vision_shares: Per layer, share of its attention that text puts on vision.
+        cut_layer: The first layer where that share falls under half its maximum.
+        costs: Per modality and layer: mean divergence (KL, nats per token) of the model's own
+            continuation at each of TRIED_RATES; None where rates are not learned.
+        rates: Per layer (vision, text) rates; None where they are not learned.
+        tokens: Tokens the routers were fitted to, by modality name.
+    """
+
+    explained: list[tuple[float, float]]
+    vision_shares: list[float]
+    cut_layer: int
+    costs: dict[str, list[list[float]]] | None
+    rates: list[tuple[float, float]] | None
+    tokens: dict[str, int]
+
+
+def fit_router(
+    model: Any,
+    batches: Iterable[Mapping[str, Any]],
+    config: DareConfig | None = None,
+    *,
+    max_new_tokens: int = 32,
+    prompt_weight: float = 0.1,
+    generate_kwargs: Mapping[str, Any] | None = None,
+    details: Callable[[Calibration], None] | None = None,
+) -> Any:
+    """Give a model a router adapter fitted in closed form to what its own answers attend to.
+
+    Each layer's router is a ridge regression from what enters the layer to the logarithm of a
+    token's importance: the attention that later queries (the model's own continuation) pay to it
+    times its value norm. Nothing is trained and no label is needed. Learned rates are set from what
+    pruning each layer alone does to the model's predictions.
+
+        batches = [processor(images=..., text=..., return_tensors="pt") for ...]   # 8 to 64 prompts
+        model = fit_router(model, batches, DareConfig(scorer="router", schedule="learned"))
+        model.generate(**inputs)
+        model.save_pretrained("calibrated")
+
+    Args:
+        model: A supported model without DARE, or a PeftModel whose active adapter is a DARE router.
+        batches: Inputs of generate. A batch with `labels` [B, S] brings its own continuation: the
+            tokens from the first label on that is not -100.
+        config: What to prune; scorer must be "router". Default: learned rates at 0.4 / 0.7. Ignored
+            where the model has an adapter already.
+        max_new_tokens: Length of the continuations.
+        prompt_weight: Share of the importance taken from the prompt's own text queries, in [0, 1].
+        generate_kwargs: Further arguments of generate.
+        details: Receives what was measured.
+
+    Returns:
+        A PeftModel around `model` with the adapter; `model` itself is routed from now on, too.
+
+    Raises:
+        DareConfigError: The scorer is not the router.
+        DareInputError: No batch, or no token to learn from.
+        UnsupportedModelError: The architecture cannot be routed.
+
+    Source: ours; docs/calibration.md.
+    """
+    given = list(batches)
+    if not given:
+        raise DareInputError("batches: expected at least one batch of prompts; got none")
+    routed = _with_adapter(model, config)
+    try:
+        found = _fit(routed, given, max_new_tokens, prompt_weight, dict(generate_kwargs or {}))
+    except BaseException:
+        if routed is not model:
+            routed.unload()
+        raise
+    if details is not None:
+        details(found)
+    return routed
+
+
+def _fit(
+    routed: Any,
+    batches: list[Mapping[str, Any]],
+    max_new_tokens: int,
+    prompt_weight: float,
+    generate_kwargs: dict[str, Any],
+) -> Calibration:
+    controller: Controller = _inner(routed)._dare.controller
+    with dare_disabled(routed), torch.no_grad():
+        complete = [continued(routed, b, max_new_tokens, generate_kwargs) for b in batches]
+        fits, shares, counts = _observe(routed, controller, complete, prompt_weight)
+    explained = _write_routers(controller, fits)
+    cut = measure_cut_layer(shares)
+    controller.config.cut_layer = cut
+    costs, rates = None, None
+    if controller.config.learns_rates:
+        costs = _costs(routed, controller, complete)
+        rates = _write_rates(controller, costs)
+    return Calibration(explained, shares, cut, costs, rates, counts)
+
+
+def _with_adapter(model: Any, config: DareConfig | None) -> Any:
+    from peft import PeftModel, get_peft_model
+
+    if "_dare" in vars(_inner(model)):
+        if _inner(model)._dare.controller.routers is None:
+            raise DareStateError(
+                "fit_router: expected a plain model, or one with a router adapter; got a model "
+                "with training-free DARE. Call remove_dare(model) first"
+            )
+        if not isinstance(model, PeftModel):
+            raise DareStateError(
+                "fit_router: expected the PeftModel that holds the router adapter; got the model "
+                "inside it"
+            )
+        return model
+    config = DareConfig(scorer="router", schedule="learned") if config is None else config
+    if config.scorer != "router":
+        raise DareConfigError(f"scorer: expected 'router' to fit one; got {config.scorer!r}")
+    return get_peft_model(model, config)
+
+
+def _inner(model: Any) -> Any:
+    base = getattr(model, "get_base_model", None)
+    return base() if callable(base) else model
+
+
+def _observe(
+    model: Any, controller: Controller, batches: list[dict[str, Any]], prompt_weight: float
+) -> tuple[list[dict[int, CrossFitted]], list[float], dict[str, int]]:
+    """Plain forwards over the complete sequences, summed up for the regressions."""
+    anatomy, rules = controller.anatomy, controller.rules
+    width = anatomy.text_config.hidden_size
+    fits = [
+        {kind: CrossFitted.empty(width, _device(layer)) for kind in KINDS}
+        for layer in anatomy.layers
+    ]
+    shares = torch.zeros(len(anatomy.layers))
+    for batch in batches:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        length = batch["input_ids"].shape[1]
+        real = batch["attention_mask"].bool()
+        vision = resolve_span(inputs, rules.vision_ids, rules.type_ids, length) & real
+        modality = torch.where(vision, VISION, TEXT).masked_fill(~real, PAD)
+        later = (batch["labels"] != -100) & real
+        with watching(anatomy, Tokens(modality, later, prompt_weight)) as seen:
+            model(**inputs, use_cache=False)
+        for layer, one in enumerate(seen):
+            normalize = _routers(controller)[layer].normalize
+            _add_samples(fits[layer], one, modality, normalize)
+            shares[layer] += one.vision_share / len(batches)
+    counts = {name: fits[0][kind].count for kind, name in KINDS.items()}
+    if not any(counts.values()):
+        raise DareInputError(
+            "batches: expected prompts with tokens that their continuation attends to; got none"
+        )
+    return fits, shares.tolist(), counts
+
+
+def _routers(controller: Controller) -> list[Router]:
+    routers = controller.routers
+    if routers is None:
+        raise DareStateError(
+            "fit_router: expected a router adapter that is active; got none. Call set_adapter(name)"
+        )
+    return routers
+
+
+def _device(layer: Any) -> torch.device:
+    return next(parameter.device for parameter in layer.parameters())
+
+
+def _add_samples(
+    fits: dict[int, CrossFitted], seen: Seen, modality: Tensor, normalize: bool
+) -> None:
+    """The tokens of one forward, row by row."""
+    x = seen.hidden.float()
+    if normalize:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    target = (seen.importance + _FLOOR).log()
+    for kind, fit in fits.items():
+        wanted = seen.known & (modality == kind).to(x.device)
+        for row in range(x.shape[0]):
+            if wanted[row].any():
+                fit.add(x[row][wanted[row]], target[row][wanted[row]])
+
+
+def _write_routers(
+    controller: Controller, fits: list[dict[int, CrossFitted]]
+) -> list[tuple[float, float]]:
+    """Put the regressions into the routers; a modality without tokens keeps what it had."""
+    explained = []
+    for router, by_kind in zip(_routers(controller), fits, strict=True):
+        found = dict.fromkeys(KINDS, 0.0)
+        for kind, fit in by_kind.items():
+            if not fit.count:
+                continue
+            weight, bias, found[kind] = fit.solve()
+            with torch.no_grad():
+                router.weight[kind] = weight.to(router.weight)
+                router.bias[kind] = bias.to(router.bias)
+        explained.append((found[TEXT], found[VISION]))
+    return explained
+
+
+def _costs(
+    model: Any, controller: Controller, batches: list[dict[str, Any]]
+) -> dict[str, list[list[float]]]:
+    """KL of the continuation when one layer alone prunes one modality, for each tried rate."""
+    layers = len(controller.anatomy.layers)
+    costs: dict[str, list[list[float]]] = {name: [] for name in KINDS.values()}
+    with torch.no_grad():
+        with dare_disabled(model):
+            plain = [_predictions(model, batch) for batch in batches]
+        for kind, name in KINDS.items():
+            for layer in range(layers):
+                row = []
+                for rate in TRIED_RATES[kind]:
+                    _set_rates(controller, {(layer, kind): rate})
+                    pairs = zip(batches, plain, strict=True)
+                    row.append(sum(_divergence(model, b, p) for b, p in pairs) / len(batches))
+                costs[name].append(row)
+                logger.info("fit_router: layer %s %s costs %s", layer, name, row)
+    return costs
+
+
+def _predictions(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    """Float32[n, V] log-probabilities at the supervised positions."""
+    supervised = batch["labels"][:, 1:] != -100
+    logits = model(**batch).logits[:, :-1]
+    return logits[supervised.to(logits.device)].float().log_softmax(-1).clamp(min=-1e4)
+
+
+def _divergence(model: Any, batch: Mapping[str, Any], plain: Tensor) -> float:
+    pruned = _predictions(model, batch)
+    return float((plain.exp() * (plain - pruned)).sum(-1).mean().clamp(min=0))
+
+
+def _set_rates(controller: Controller, rates: Mapping[tuple[int, int], float]) -> None:
+    """Write rates of single layers and modalities at all hops; all others keep everything."""
+    for layer, router in enumerate(_routers(controller)):
+        for kind in KINDS:
+            rate = rates.get((layer, kind), 1.0)
+            logit = torch.tensor(rate).logit() if rate < 1 else torch.tensor(_ALL)
+            router.rate_logits[:, kind] = logit.to(router.rate_logits)
+
+
+def _write_rates(
+    controller: Controller, costs: dict[str, list[list[float]]]
+) -> list[tuple[float, float]]:
+    config = controller.config
+    targets = {VISION: config.vision_retention, TEXT: config.text_retention}
+    found = {}
+    for kind, name in KINDS.items():
+        found[kind] = spread_budget(TRIED_RATES[kind], costs[name], targets[kind])
+    with torch.no_grad():
+        _set_rates(
+            controller, {(i, k): rate for k, row in found.items() for i, rate in enumerate(row)}
+        )
+    return list(zip(found[VISION], found[TEXT], strict=True))

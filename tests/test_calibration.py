@@ -1,0 +1,143 @@
+"""fit_router: routers and rates in closed form, on a tiny model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from laws import SPECIAL_IDS, inputs_of
+from peft import PeftModel
+
+from dare_hf import DareConfig, apply_dare, last_report
+from dare_hf.calibration import fit_router
+from dare_hf.calibration.continuation import continued
+from dare_hf.calibration.fit import TRIED_RATES
+from dare_hf.errors import DareConfigError, DareInputError, DareStateError
+from dare_hf.testing import tiny_model
+
+NO_IMAGES = {"suppress_tokens": SPECIAL_IDS}
+
+
+def batches_of(model, count=3):
+    return [inputs_of(model, (1, 2), seed=seed, pixels=True) for seed in range(count)]
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    model = tiny_model("llava")
+    found = []
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    routed = fit_router(
+        model,
+        batches_of(model),
+        max_new_tokens=6,
+        generate_kwargs=NO_IMAGES,
+        details=found.append,
+    )
+    return routed, found[0], before
+
+
+def test_the_backbone_is_untouched(fitted):
+    routed, _, before = fitted
+    after = routed.get_base_model().state_dict()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name
+    assert {name for name in after if name not in before} == {
+        name for name in after if "dare_router" in name
+    }
+
+
+def test_rates_meet_the_budget_and_the_costlier_layers_keep_more(fitted):
+    routed, details, _ = fitted
+    config = routed.peft_config["default"]
+    vision, text = zip(*details.rates, strict=True)
+    assert sum(vision) / len(vision) == pytest.approx(config.vision_retention, abs=1e-6)
+    assert sum(text) / len(text) == pytest.approx(config.text_retention, abs=1e-6)
+    costs = [row[-1] for row in details.costs["vision"]]
+    assert vision[costs.index(max(costs))] == max(vision)
+    model = routed.get_base_model()
+    model(**inputs_of(model, (1,), pixels=True))  # rates are read at the next forward
+    table = model._dare.controller.table
+    assert table.vision[0] == pytest.approx(vision, abs=1e-5)
+    assert config.cut_layer == details.cut_layer
+
+
+def test_scores_follow_what_the_continuation_attends_to(fitted):
+    """A layer's router explains importance on the data it saw better than a constant does."""
+    _, details, _ = fitted
+    assert any(vision > 0.05 for _, vision in details.explained)
+    assert details.tokens["vision"] > 20
+
+
+def test_it_generates_within_the_budget_and_loads_again(fitted, tmp_path):
+    routed, _, _ = fitted
+    model = routed.get_base_model()
+    inputs = inputs_of(model, (1,), seed=9, pixels=True)
+    settings = {"do_sample": False, "max_new_tokens": 6, **NO_IMAGES}
+    out = routed.generate(**copy.deepcopy(inputs), **settings)
+    assert last_report(routed).kv_bytes < last_report(routed).kv_bytes_baseline
+    routed.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_model("llava"), str(tmp_path))
+    assert torch.equal(again.generate(**inputs, **settings), out)
+
+
+def test_a_batch_with_labels_brings_its_own_continuation():
+    model = tiny_model("llava")
+    batch = inputs_of(model, (1,), pixels=True)
+    labels = batch["input_ids"].clone()
+    labels[:, :-5] = -100
+    batch["labels"] = labels
+    complete = continued(model, batch, 4, {})
+    assert complete["input_ids"] is batch["input_ids"]
+    assert complete["labels"] is labels
+
+
+def test_a_continuation_ends_where_its_row_ends():
+    model = tiny_model("llava")
+    batch = inputs_of(model, (1, 2), pixels=True)
+    plain = model.generate(**copy.deepcopy(batch), max_new_tokens=6, do_sample=False, **NO_IMAGES)
+    length = batch["input_ids"].shape[1]
+    model.generation_config.eos_token_id = int(plain[0, length + 2])
+    complete = continued(model, batch, 6, dict(NO_IMAGES))
+    ends = complete["labels"][0, length:]
+    assert ends[:3].tolist() == plain[0, length : length + 3].tolist()
+    assert (ends[3:] == -100).all()
+    assert complete["attention_mask"][0, length:].tolist() == [1, 1, 1, *[0] * (len(ends) - 3)]
+    assert (complete["labels"][:, :length] == -100).all()
+
+
+def test_static_rates_stay_as_configured():
+    model = tiny_model("llava")
+    config = DareConfig(scorer="router", schedule="constant", vision_retention=0.5)
+    found = []
+    routed = fit_router(
+        model,
+        batches_of(model, 1),
+        config,
+        max_new_tokens=3,
+        generate_kwargs=NO_IMAGES,
+        details=found.append,
+    )
+    assert found[0].rates is None
+    assert set(routed.get_base_model()._dare.controller.table.vision[0]) == {0.5}
+
+
+def test_refusals():
+    model = tiny_model("llava")
+    with pytest.raises(DareInputError, match="at least one batch"):
+        fit_router(model, [])
+    with pytest.raises(DareConfigError, match="scorer"):
+        fit_router(model, batches_of(model, 1), DareConfig())
+    with pytest.raises(DareInputError, match="input_ids"):
+        fit_router(model, [{"pixel_values": torch.zeros(1)}])
+    assert "_dare" not in vars(model)  # a refusal leaves the model as it was
+    assert not any("dare_router" in name for name, _ in model.named_modules())
+    model = apply_dare(tiny_model("llava"))
+    with pytest.raises(DareStateError, match="remove_dare"):
+        fit_router(model, batches_of(model, 1))
+
+
+def test_tried_rates_fall():
+    for rates in TRIED_RATES.values():
+        assert list(rates) == sorted(rates, reverse=True)
