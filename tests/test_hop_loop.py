@@ -117,8 +117,8 @@ class Featured:
         return HopInput(features=grid, input_ids=[4, *[self.token] * count, 5])
 
 
-def recomputed(model, rows, inputs, out, featured):
-    """Logits of one plain forward over everything the run has seen."""
+def recomputed(model, rows, inputs, out, featured, **kwargs):
+    """Logits of one forward over everything the run has seen; of a plain model by default."""
     merge = 2
     kind = model.config.model_type
     # a Chameleon prompt holds its images as ids
@@ -145,7 +145,7 @@ def recomputed(model, rows, inputs, out, featured):
 
     hook = model.get_input_embeddings().register_forward_hook(put_in)
     try:
-        return model(**whole, use_cache=False).logits
+        return model(**whole, use_cache=False, **kwargs).logits
     finally:
         hook.remove()
 
