@@ -132,9 +132,18 @@ class DareTuner(BaseTuner):
         watch_attention(unwrap(self.model), state, settings)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; with the last one routing is taken off the model."""
-        super().delete_adapter(adapter_name)
+        """Delete an adapter; with the last one routing is taken off the model.
+
+        Raises:
+            ValueError: There is no such adapter.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        del self.peft_config[adapter_name]
+        first = _holders(cast("Any", self.model)._dare)[0]
+        # not peft's own loop: it skips every module with the prefix in its name, so all holders
         drop_adapter(self.model, adapter_name)
+        self.active_adapter = list(first.active_adapters)
 
     def _unload_and_optionally_merge(
         self,
