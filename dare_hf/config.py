@@ -179,9 +179,9 @@ class DareConfig(PeftConfig):
         return self.schedule == "learned"
 
     @property
-    def needs_adapter(self) -> bool:
-        """Whether it asks for what only an adapter has."""
-        return self.learns_rates or self.scorer == "router"
+    def multiplies(self) -> bool:
+        """Whether a token's update is multiplied by its score, so that each layer needs scores."""
+        return self.score_scaling == "multiply"
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json``, and beside an adapter's tensors the model card.

@@ -99,12 +99,12 @@ def routed_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
     if not _needs_gather(state, context, plan, kwargs):
         output = state.inner(hidden_states, **kwargs)
         context.capture_layer = -1
-        return _scatter(output, hidden_states, plan)
+        return _scatter(_scaled(state, plan, hidden_states, output), hidden_states, plan)
     gathered = _gather_kwargs(state, context, plan, kwargs)
     rows = _take_tokens(hidden_states, plan.index, 1) if plan.index is not None else hidden_states
     output = state.inner(rows, **gathered)
     context.capture_layer = -1
-    return _scatter(output, hidden_states, plan)
+    return _scatter(_scaled(state, plan, rows, output), hidden_states, plan)
 
 
 def _plan_for(layer: nn.Module, state: LayerState, context: ForwardContext, hidden: Tensor) -> Plan:
@@ -115,7 +115,7 @@ def _plan_for(layer: nn.Module, state: LayerState, context: ForwardContext, hidd
     controller = state.controller
     source = controller.table.plan_layers[index]
     before = context.plans.get(index - 1)
-    if state.exempt:
+    if state.exempt and not controller.config.multiplies:
         plan = keep_all(context)
     elif source != index and source in context.plans and not controller.is_exempt(source):
         plan = context.plans[source]
@@ -133,15 +133,16 @@ def _select(
     before: Plan | None,
 ) -> Plan:
     controller, index = state.controller, state.index
-    if not controller.planner.prunes(context, index, before):
+    scored = controller.stores_scores or controller.config.multiplies
+    if state.exempt or not controller.planner.prunes(context, index, before):
         plan = keep_all(context)
-        if controller.stores_scores:
+        if scored:
             plan = replace(plan, scores=controller.scorer.scores(context, layer, index, hidden))
         return plan
     with torch.no_grad():
         scores = controller.scorer.scores(context, layer, index, hidden.detach())
         scores = scores.to(context.device)
-        if any(context.sampled) and not controller.stores_scores:
+        if any(context.sampled) and not scored:
             # a step of its own would give a sampled token no score either
             scores = scores.masked_fill(~context.span_and_forced()[0], 0.0)
         return controller.planner.plan(context, index, scores, before)
@@ -273,6 +274,20 @@ def _take_tokens(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
     view[dim - 1], view[dim] = index.shape
     shape[dim] = index.shape[1]
     return tensor.gather(dim, index.to(tensor.device).view(view).expand(shape))
+
+
+def _scaled(state: LayerState, plan: Plan, rows: Tensor, output: Any) -> Any:
+    """The layer's update of each running token times its score, under score_scaling="multiply".
+
+    Source: docs/method.md, section 7.
+    """
+    if not state.controller.config.multiplies:
+        return output
+    if isinstance(output, tuple):
+        return (_scaled(state, plan, rows, output[0]), *output[1:])
+    assert plan.scores is not None
+    scores = plan.take(plan.scores).to(rows.device)[..., None]
+    return rows + (scores * (output - rows)).to(rows.dtype)
 
 
 def _scatter(output: Any, hidden: Tensor, plan: Plan) -> Any:
