@@ -42,7 +42,7 @@ def simulated_forward(
     assert simulation is not None
     if simulation.closed:
         raise DareStateError(
-            "expected gradient checkpointing by model.gradient_checkpointing_enable(); got a "
+            "expected checkpointing by model.activation_checkpointing_enable(); got a "
             "decoder layer that is run again as a whole, after its forward. Take off the outer "
             "checkpoint wrapper and enable it on the model"
         )
@@ -137,7 +137,7 @@ def _check_checkpointing(layer: nn.Module) -> None:
     function = getattr(layer, "_gradient_checkpointing_func", None)
     if getattr(function, "keywords", {}).get("use_reentrant"):
         raise DareInputError(
-            "gradient_checkpointing_kwargs: expected use_reentrant=False, with which gradients "
-            "reach the routers through the attention mask; got use_reentrant=True. Pass "
-            "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            "use_reentrant: expected False for the checkpoints of layers, so that gradients reach "
+            "the routers through the attention mask; got True. Pass use_reentrant=False "
+            "(TrainingArguments: gradient_checkpointing_kwargs={'use_reentrant': False})"
         )

@@ -247,7 +247,7 @@ class Simulation:
         found = []
         for hop, own, counts in self.spans:
             for m in MODALITIES:
-                numbers = torch.tensor([float(row[m]) for row in counts]).to(candidates.device)
+                numbers = self._numbers([row[m] for row in counts])
                 mine = candidates & own & (self.context.modality == m)
                 found.append(Competition(mine, forced, self._rate(hop, index, m) * numbers))
         return found
@@ -266,10 +266,17 @@ class Simulation:
         for group in [None] if pooled else range(hop):
             inside = candidates if group is None else candidates & (context.token_hop == group)
             for m in MODALITIES:
-                numbers = _numbers(pruner, hop, group, m).to(closed.device)
+                numbers = self._numbers(_closed_counts(pruner, hop, group, m))
                 mine = inside & (context.modality == m)
                 found.append(Competition(mine, pinned, self._rate(hop, index, m) * numbers))
         return found
+
+    def _numbers(self, counts: list[int]) -> Tensor:
+        """Float[B] in the routers' precision."""
+        weight = next((r.weight for r in self.routers or ()), None)
+        wide = weight is not None and weight.dtype == torch.float64
+        dtype = torch.float64 if wide else torch.float32
+        return torch.tensor(counts, dtype=dtype).to(self.context.device)
 
     def _rate(self, hop: int, index: int, modality: int) -> Tensor | float:
         """The rate as the losses and soft budgets see it: learned ones with their gradient."""
@@ -315,10 +322,10 @@ def _pruners(
     return [(hop, HopPruner(log, config, table, rows)) for hop, rows in due.items()]
 
 
-def _numbers(pruner: HopPruner, hop: int, group: int | None, modality: int) -> Tensor:
-    """Float[B]: real tokens of a modality in one closed hop, or in all before `hop`."""
+def _closed_counts(pruner: HopPruner, hop: int, group: int | None, modality: int) -> list[int]:
+    """Per row the real tokens of a modality in one closed hop, or in all before `hop`."""
     rows = []
     for row, due in zip(pruner.counts, pruner.due, strict=True):
         closed = row[:hop] if group is None else row[group : group + 1]
-        rows.append(float(sum(own[modality] for own in closed)) if due else 0.0)
-    return torch.tensor(rows)
+        rows.append(sum(own[modality] for own in closed) if due else 0)
+    return rows

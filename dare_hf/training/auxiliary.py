@@ -1,0 +1,63 @@
+"""The auxiliary loss of a model's last training forward."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dare_hf.attach import state_of
+from dare_hf.errors import DareStateError
+from dare_hf.routing.kinds import TEXT, VISION
+from dare_hf.routing.losses import hard_loss, ratio_loss, soft_loss
+from dare_hf.routing.retention import resolve_cut_layer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dare_hf.simulation import SimulationRecord
+
+
+def auxiliary_loss(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """What keeps rates near their targets and scores near their rates.
+
+    ``loss = model(**batch).loss + auxiliary_loss(model)[0]`` trains routers in a loop of your own.
+    Every part is a mean over the rows of the batch.
+
+    Args:
+        model: A model with an active router adapter, or the PeftModel around it.
+
+    Returns:
+        The sum of the parts (a scalar with gradients), and the parts, each times its lambda:
+        "ratio_text", "soft_vision", "hard_vision".
+
+    Raises:
+        DareStateError: No training forward has run with routers in this thread.
+
+    Source: docs/method.md, section 7.
+    """
+    controller = state_of(model).controller
+    record: SimulationRecord | None = controller.record
+    if record is None or not record.layers:
+        raise DareStateError(
+            "auxiliary_loss: expected a forward with labels, of a model with an active router "
+            "adapter, before it in this thread; got none. Call model(**batch) with labels first; "
+            "routers come from get_peft_model(model, DareConfig(scorer='router', ...))"
+        )
+    config = controller.config
+    cut = resolve_cut_layer(config.cut_layer, len(controller.anatomy.layers))
+    early = torch.tensor([index <= cut for index in record.layers], device=record.seen.device)
+    rates, means = torch.stack(record.rates), torch.stack(record.means)
+    text, vision = record.seen[..., TEXT], record.seen[..., VISION]
+    present = text | vision
+    ratio = ratio_loss(rates[..., TEXT], means[..., TEXT], present, text, config.text_retention)
+    soft = soft_loss(
+        rates[..., VISION], means[..., VISION], present, vision, config.vision_retention, early
+    )
+    hard = hard_loss(torch.stack(record.excess), early, config.mu)
+    parts = {
+        "ratio_text": config.lambda_ratio * ratio,
+        "soft_vision": config.lambda_soft * soft,
+        "hard_vision": config.lambda_hard * hard,
+    }
+    return torch.stack(list(parts.values())).sum(), parts
