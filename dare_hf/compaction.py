@@ -80,13 +80,13 @@ def _begin_hops(
     state = counters_of(cache)
     pairs = zip(state.ends, due, strict=True)
     ends = [row[hop - 1] if hop else -1 for row, hop in pairs]
-    slots = [(i, slot) for i, slot in enumerate(cache.layers) if slot.rows]
+    slots = [(i, slot) for i, slot in enumerate(cache.stored) if slot.rows]
     keeps = [pruner.keep(i, _tokens(slot, config, ends)) for i, slot in slots]
     left = [
         pruner.counts_left(slot.positions(), keep)
         for (_, slot), keep in zip(slots, keeps, strict=True)
     ]
-    held: HeldCounts = [[[0, 0] for _ in due] for _ in cache.layers]
+    held: HeldCounts = [[[0, 0] for _ in due] for _ in cache.stored]
     for (i, slot), keep, rows in zip(slots, keeps, _to_host(left), strict=True):
         held[i] = [row[:2] for row in rows]
         kept = [row[2] for row in rows]
@@ -128,7 +128,7 @@ def stored_counts(cache: DareCache, hops: list[int]) -> tuple[HeldCounts, list[l
     """
     last = torch.tensor(hops)[:, None]
     held = []
-    for slot in cache.layers:
+    for slot in cache.stored:
         if not slot.rows:
             held.append([[0, 0] for _ in hops])
             continue

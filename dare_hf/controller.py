@@ -95,6 +95,12 @@ class Controller:
                 "stores them so; transformers' own cache would hold the window only"
             )
         self.tau = self.config.tau_start
+        if anatomy.unrouted:
+            self.notes.append(
+                f"{len(anatomy.unrouted)} of {len(anatomy.unrouted) + len(anatomy.layers)} layers "
+                f"({', '.join(sorted({type(m).__name__ for m in anatomy.unrouted}))} without "
+                "self-attention) run every token; rates, FLOPs and bytes are those of the others"
+            )
         self.token_kwargs = dict(anatomy.spec.token_kwargs)
         self._local = _Local()
         self._recompute: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -307,7 +313,7 @@ class Controller:
         cache = kwargs.get("past_key_values")
         check_cache(cache)
         if cache is not None:
-            return cache
+            return self._arranged(cache)
         wanted = kwargs.get("use_cache")
         if kwargs.get("labels") is not None:
             kwargs["use_cache"] = wanted = False
@@ -319,7 +325,13 @@ class Controller:
         )
         if not wanted or checkpointing:
             return None
-        kwargs["past_key_values"] = cache = DareCache()
+        kwargs["past_key_values"] = cache = self._arranged(DareCache())
+        return cache
+
+    def _arranged(self, cache: DareCache) -> DareCache:
+        """The cache with room for the layers of a hybrid model that are not routed."""
+        if self.anatomy.unrouted:
+            cache.arrange(self.anatomy.slots, self.anatomy.text_config)
         return cache
 
     def _recorder(self, cache: DareCache | None, call: GenerationCall | None) -> Recorder:

@@ -62,7 +62,7 @@ def stored_columns(cache: DareCache, row: int) -> list[np.ndarray]:
     Returns:
         One int64 [stored tokens] per layer.
     """
-    rows = (layer.positions()[row].cpu().numpy() for layer in cache.layers)
+    rows = (layer.positions()[row].cpu().numpy() for layer in cache.stored)
     return [columns[columns >= 0] for columns in rows]
 
 

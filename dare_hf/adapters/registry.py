@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dare_hf.adapters.architectures import REFUSED, SUPPORTED
 from dare_hf.adapters.spec import ModelSpec
 from dare_hf.errors import UnsupportedModelError
 
@@ -13,22 +14,9 @@ if TYPE_CHECKING:
 
 SUPPORT_PAGE = "docs/supported-models.md"
 
-SPECS: dict[str, ModelSpec] = {
-    spec.model_type: spec
-    for spec in (
-        ModelSpec("llava", note="any Llama-like text model behind the projector"),
-        ModelSpec("qwen2_5_vl", note="multimodal RoPE; images and videos"),
-        ModelSpec("gemma3", note="sliding-window layers, bidirectional image blocks"),
-        ModelSpec(
-            "chameleon",
-            layers="model.layers",
-            vocabulary_images=True,
-            note="images are ids of the vocabulary",
-        ),
-    )
-}
+SPECS: dict[str, ModelSpec] = {spec.model_type: spec for spec in SUPPORTED}
 
-ROUTABLE_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+ROUTABLE_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
 @dataclass(frozen=True)
@@ -41,6 +29,8 @@ class Anatomy:
         text_model: The module that owns the layers and runs them.
         text_config: The config of that module.
         hooked: The modules whose forward opens a routing context, outermost first.
+        slots: For each of `layers` its index in the model's cache.
+        unrouted: Decoder layers without self-attention, which every token runs.
     """
 
     spec: ModelSpec
@@ -48,6 +38,8 @@ class Anatomy:
     text_model: nn.Module
     text_config: Any
     hooked: tuple[nn.Module, ...]
+    slots: tuple[int, ...] = ()
+    unrouted: tuple[nn.Module, ...] = ()
 
 
 def find_spec(model_type: str | None) -> ModelSpec:
@@ -56,6 +48,11 @@ def find_spec(model_type: str | None) -> ModelSpec:
     Raises:
         UnsupportedModelError: Nothing is known about this architecture.
     """
+    if model_type in REFUSED:
+        raise UnsupportedModelError(
+            f"expected a decoder-only vision-language model; {model_type!r} is "
+            f"{REFUSED[model_type]}: see {SUPPORT_PAGE}"
+        )
     spec = SPECS.get(model_type or "")
     if spec is None:
         raise UnsupportedModelError(
@@ -77,7 +74,7 @@ def locate(model: nn.Module) -> Anatomy:
     owner_path, _, name = spec.layers.rpartition(".")
     try:
         text_model = model.get_submodule(owner_path)
-        layers: tuple[nn.Module, ...] = tuple(getattr(text_model, name))
+        found: tuple[nn.Module, ...] = tuple(getattr(text_model, name))
     except AttributeError as error:
         raise UnsupportedModelError(
             f"expected the decoder layers of a {spec.model_type} at '{spec.layers}'; "
@@ -85,30 +82,48 @@ def locate(model: nn.Module) -> Anatomy:
             f"(…ForConditionalGeneration): see {SUPPORT_PAGE}"
         ) from error
     text_config: Any = text_model.config
-    _check_layers(layers, text_config)
-    hooked = (model, model.get_submodule("model"))
-    return Anatomy(spec, layers, text_model, text_config, hooked)
+    inner = model.get_submodule(spec.layers.partition(".")[0])
+    hooked = (model, inner) if inner is not text_model else (model, text_model)
+    layers = tuple(layer for layer in found if not _without_attention(layer, spec))
+    unrouted = tuple(layer for layer in found if _without_attention(layer, spec))
+    slots = _check_layers(layers, text_config)
+    return Anatomy(spec, layers, text_model, text_config, hooked, slots, unrouted)
 
 
-def _check_layers(layers: tuple[nn.Module, ...], text_config: Any) -> None:
-    kinds = set(getattr(text_config, "layer_types", None) or ())
-    unknown = sorted(kinds - ROUTABLE_LAYER_TYPES)
-    if unknown:
-        raise UnsupportedModelError(
-            f"expected layer types {sorted(ROUTABLE_LAYER_TYPES)}; the text model "
-            f"{text_config.model_type!r} also has {unknown}: see {SUPPORT_PAGE}"
-        )
+def _without_attention(layer: nn.Module, spec: ModelSpec) -> bool:
+    """Whether a layer is of a kind that is known to have no self-attention to route."""
+    return not hasattr(layer, "self_attn") and any(hasattr(layer, n) for n in spec.unrouted)
+
+
+def _check_layers(layers: tuple[nn.Module, ...], text_config: Any) -> tuple[int, ...]:
+    """The cache index of each layer.
+
+    Raises:
+        UnsupportedModelError: A layer's attention cannot be routed.
+    """
+    slots = []
     for layer in layers:
-        if getattr(getattr(layer, "self_attn", None), "layer_idx", None) is None:
+        slot = getattr(getattr(layer, "self_attn", None), "layer_idx", None)
+        if slot is None:
             raise UnsupportedModelError(
                 f"expected decoder layers with self-attention that know their index; "
                 f"{type(layer).__name__} is none: see {SUPPORT_PAGE}"
             )
+        slots.append(slot)
+    types = getattr(text_config, "layer_types", None) or ()
+    kinds = {types[slot] for slot in slots if slot < len(types)}
+    unknown = sorted(kinds - ROUTABLE_LAYER_TYPES)
+    if unknown or not slots:
+        raise UnsupportedModelError(
+            f"expected layer types {sorted(ROUTABLE_LAYER_TYPES)}; the text model "
+            f"{text_config.model_type!r} has {unknown or 'none of them'}: see {SUPPORT_PAGE}"
+        )
     if getattr(text_config, "num_kv_shared_layers", 0):
         raise UnsupportedModelError(
             f"expected layers that own their keys and values; {text_config.model_type!r} shares "
             f"them between layers: see {SUPPORT_PAGE}"
         )
+    return tuple(slots)
 
 
 def describe(config: Any) -> str:

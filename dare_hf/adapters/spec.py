@@ -17,6 +17,8 @@ class ModelSpec:
         key_projection: Dotted path from a layer to the linear that makes keys.
         token_kwargs: Further per-token keyword arguments of a layer, name -> dimension that
             counts tokens (hidden states, masks and positions are known to the generic path).
+        unrouted: Names of the modules that mark a layer without self-attention, which every token
+            runs: linear attention, convolution, cross-attention.
         type_ids: Names of the arguments whose values 1 and 2 mark image and video tokens.
         vocabulary_images: Images are ids of the text vocabulary (`config.vocabulary_map`).
         note: One sentence for the documentation.
@@ -27,6 +29,7 @@ class ModelSpec:
     pre_attention_norm: str | None = "input_layernorm"
     key_projection: str = "self_attn.k_proj"
     token_kwargs: tuple[tuple[str, int], ...] = ()
+    unrouted: tuple[str, ...] = ()
     type_ids: tuple[str, ...] = ("mm_token_type_ids", "token_type_ids")
     vocabulary_images: bool = False
     note: str = ""

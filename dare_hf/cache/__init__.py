@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from transformers.cache_utils import Cache
 
 from dare_hf.cache.layer import DareLayer
 from dare_hf.cache.log import TokenLog
+from dare_hf.cache.mixed import other_layers, row_count, select_rows, snapshot
 from dare_hf.errors import DareInputError
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class _Saved(NamedTuple):
     layers: int
     log: TokenLog
     hop_counters: HopTracker | None
+    others: dict[int, Any]
 
 
 class DareCache(Cache):
@@ -80,7 +82,7 @@ class DareCache(Cache):
         DareInputError: `config` is not a transformers config.
     """
 
-    layers: list[DareLayer]
+    layers: list[Any]
 
     def __init__(self, config: PreTrainedConfig | None = None) -> None:
         super().__init__(layer_class_to_replicate=DareLayer)
@@ -89,10 +91,49 @@ class DareCache(Cache):
         self.log = TokenLog()
         self.hop_counters: HopTracker | None = None
         self.recorder: Recorder | None = None
+        self._slots: tuple[int, ...] | None = None
         self._saved: _Saved | None = None
 
+    def arrange(self, slots: tuple[int, ...], config: PreTrainedConfig) -> None:
+        """Make room for layers that are not routed between those that are, once.
+
+        Args:
+            slots: For each routed layer, in order, its index in the model's cache.
+            config: The text config, which says what the other layers hold.
+
+        Raises:
+            DareInputError: The cache was filled by a model of other layers.
+        """
+        if self._slots == slots:
+            return
+        if any(layer.seen for layer in self.stored):
+            raise DareInputError(
+                f"past_key_values: expected an empty DareCache or one of this model, whose layers "
+                f"{list(slots)} store tokens; got one filled by another model. Pass a new "
+                "DareCache()"
+            )
+        others = other_layers(config, slots)
+        count = len(slots) + len(others)
+        self.layers[:] = [others[i] if i in others else DareLayer() for i in range(count)]
+        self._slots = slots
+
+    @property
+    def stored(self) -> list[DareLayer]:
+        """The layers that store tokens: all of them, but for hybrid models."""
+        if self._slots is None:
+            return self.layers
+        return [self.layers[slot] for slot in self._slots]
+
+    @property
+    def _others(self) -> dict[int, Any]:
+        if self._slots is None:
+            return {}
+        return {i: layer for i, layer in enumerate(self.layers) if i not in self._slots}
+
     def layer(self, layer_idx: int) -> DareLayer:
-        """The layer at `layer_idx`, made (and those before it) when it does not exist yet."""
+        """The routed layer number `layer_idx`, made (and those before it) when it is new."""
+        if self._slots is not None:
+            return self.layers[self._slots[layer_idx]]
         while len(self.layers) <= layer_idx:
             self.layers.append(DareLayer())
         return self.layers[layer_idx]
@@ -113,8 +154,8 @@ class DareCache(Cache):
 
     def kept_lengths(self) -> Int[Tensor, "layers rows"]:
         """Real tokens stored per layer and row, counted on the device and returned on the CPU."""
-        counts = torch.zeros(len(self.layers), max(self.batch_size, 0), dtype=torch.long)
-        stored = {i: layer.kept_lengths() for i, layer in enumerate(self.layers) if layer.rows}
+        counts = torch.zeros(len(self.stored), max(self.batch_size, 0), dtype=torch.long)
+        stored = {i: layer.kept_lengths() for i, layer in enumerate(self.stored) if layer.rows}
         for i, kept in zip(stored, _to_host(list(stored.values())), strict=True):
             counts[i] = torch.tensor(kept)
         return counts
@@ -122,14 +163,14 @@ class DareCache(Cache):
     def kv_bytes(self) -> int:
         """Bytes of the keys and values of the real tokens stored, measured."""
         kept = self.kept_lengths().sum(1).tolist()
-        return sum(n * layer.token_bytes() for n, layer in zip(kept, self.layers, strict=True))
+        return sum(n * layer.token_bytes() for n, layer in zip(kept, self.stored, strict=True))
 
     def allocated_bytes(self) -> int:
         """Bytes of the storage of keys and values: holes, pads and spare columns included.
 
         At most 1.25 x (longest row's kept x rows) + 64 tokens in every layer.
         """
-        return sum(layer.allocated_bytes() for layer in self.layers)
+        return sum(layer.allocated_bytes() for layer in self.stored)
 
     # What HF asks
 
@@ -137,9 +178,12 @@ class DareCache(Cache):
         """Logical tokens seen by a layer; the first used layer answers for an unused layer 0."""
         if layer_idx >= len(self.layers):
             return 0
-        seen = self.layers[layer_idx].seen
-        if layer_idx == 0 and seen == 0:
-            return next((layer.seen for layer in self.layers if layer.seen), 0)
+        layer = self.layers[layer_idx]
+        if hasattr(layer, "get_seq_length") and not isinstance(layer, DareLayer):
+            return layer.get_seq_length()  # of a cross-attention layer
+        seen = getattr(layer, "seen", 0)
+        if seen == 0 and (layer_idx == 0 or not isinstance(layer, DareLayer)):
+            return next((layer.seen for layer in self.stored if layer.seen), 0)
         return seen
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -153,12 +197,12 @@ class DareCache(Cache):
     @property
     def batch_size(self) -> int:
         """Rows of the batch; -1 before anything was stored."""
-        return next((layer.rows for layer in self.layers if layer.rows), -1)
+        return next((layer.rows for layer in self.stored if layer.rows), -1)
 
     @property
     def is_initialized(self) -> bool:
         """Whether any token has passed; a layer that is never used does not count."""
-        return any(layer.is_initialized or layer.seen for layer in self.layers)
+        return any(layer.is_initialized or layer.seen for layer in self.stored)
 
     # What HF changes
 
@@ -171,10 +215,12 @@ class DareCache(Cache):
         if tokens_to_remove > 0:
             DareLayer().crop(tokens_to_remove)
         length = max(self.get_seq_length() + tokens_to_remove, 0)
-        counts = {i: layer.crop_counts(tokens_to_remove) for i, layer in enumerate(self.layers)}
+        for layer in self._others.values():
+            layer.crop(tokens_to_remove)
+        counts = {i: layer.crop_counts(tokens_to_remove) for i, layer in enumerate(self.stored)}
         unknown = {i: kept for i, kept in counts.items() if kept is not None}
         known = dict(zip(unknown, _to_host(list(unknown.values())), strict=True))
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.stored):
             layer.crop(tokens_to_remove, known.get(i))
         if tokens_to_remove == 0:
             return
@@ -185,10 +231,12 @@ class DareCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows `beam_idx`, as beam search does."""
-        even = all(layer.even for layer in self.layers)
+        even = all(layer.even for layer in self.stored)
         order = None if even else beam_idx.tolist()
-        for layer in self.layers:
+        for layer in self.stored:
             layer.reorder_cache(beam_idx, order)
+        for layer in self._others.values():
+            select_rows(layer, beam_idx)
         self.log.reorder(beam_idx)
         if self.hop_counters is not None:
             self.hop_counters.reorder(beam_idx)
@@ -199,8 +247,11 @@ class DareCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times in place."""
-        for layer in self.layers:
+        for layer in self.stored:
             layer.batch_repeat_interleave(repeats)
+        for layer in self._others.values():
+            if rows := row_count(layer):
+                select_rows(layer, torch.arange(rows).repeat_interleave(repeats))
         self.log.repeat(repeats)
         if self.hop_counters is not None:
             self.hop_counters.repeat(repeats)
@@ -221,16 +272,16 @@ class DareCache(Cache):
 
         Memory that is freed before the commit is held until then: compact before beginning.
         """
-        for layer in self.layers:
+        for layer in self.stored:
             layer.begin()
-        self._saved = _Saved(
-            len(self.layers), self.log.snapshot(), copy.deepcopy(self.hop_counters)
-        )
+        others = {i: snapshot(layer) for i, layer in self._others.items()}
+        counters = copy.deepcopy(self.hop_counters)
+        self._saved = _Saved(len(self.layers), self.log.snapshot(), counters, others)
 
     def commit(self) -> None:
         """Keep what has happened since `begin`; called when a forward ends."""
         self._saved = None
-        for layer in self.layers:
+        for layer in self.stored:
             layer.commit()
 
     def rollback(self) -> None:
@@ -239,8 +290,10 @@ class DareCache(Cache):
         if saved is None:
             return
         del self.layers[saved.layers :]
-        for layer in self.layers:
+        for layer in self.stored:
             layer.rollback()
+        for i, layer in saved.others.items():
+            self.layers[i] = layer
         self.log, self.hop_counters = saved.log, saved.hop_counters
 
 

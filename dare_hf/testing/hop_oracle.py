@@ -190,6 +190,7 @@ def hop_forward(
     hops: HopRules,
     *,
     span: int,
+    modality: Tensor | None = None,
 ) -> HopRun:
     """Run the oracle over a prompt and the sampled tokens after it, hop by hop.
 
@@ -201,8 +202,10 @@ def hop_forward(
         routing: Rates and rules of the prompt's selection.
         hops: Rates and rules of the hops.
         span: Columns of the prompt.
+        modality: [B, S], 0 text, 1 vision, -1 pad (default: what tiny inputs tell).
     """
-    ids, modality = inputs["input_ids"], modality_of(model, inputs)
+    ids = inputs["input_ids"]
+    modality = modality_of(model, inputs) if modality is None else modality
     hop = token_hops(ids, modality != PAD, span, hops.delimiters, hops.window)
     chooser = _HopChooser(scorer, routing, modality, ids, span, hops=hops, token_hop=hop)
     with masked_layers(model, chooser, chooser.visible) as keep:

@@ -156,7 +156,7 @@ TINY_MODELS: tuple[str, ...] = tuple(_BUILDERS)
 """Names :func:`tiny_model` knows; each is the model's ``model_type``."""
 
 
-def _sharpen(model: nn.Module, std: float, generator: torch.Generator) -> None:
+def sharpen(model: nn.Module, std: float, generator: torch.Generator) -> None:
     """Draw every matrix and bias anew; leave norms, whose weights are vectors of ones."""
     norms = {
         id(parameter)
@@ -202,7 +202,7 @@ def tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = cls._from_config(config, dtype=torch.float32, **kwargs)
-    _sharpen(model, std, torch.Generator().manual_seed(seed))
+    sharpen(model, std, torch.Generator().manual_seed(seed))
     model.generation_config.pad_token_id = PAD_ID
     # Runs have a fixed length unless a test asks for an end.
     model.generation_config.eos_token_id = None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dare_hf.adapters import locate
 from dare_hf.routing import reference
 from dare_hf.testing.models import CHAMELEON_TEXT_IDS, IMAGE_ID
 
@@ -58,10 +59,9 @@ class OracleRun(NamedTuple):
     keep: list[Tensor]
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the decoder layers of a tiny model."""
-    inner: Any = model.base_model
-    return getattr(inner, "language_model", inner).layers
+def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
+    """Return the decoder layers of a tiny model that can be routed."""
+    return locate(model).layers
 
 
 def modality_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -236,6 +236,7 @@ def oracle_forward(
     routing: OracleRouting,
     *,
     span: int | None = None,
+    modality: Tensor | None = None,
 ) -> OracleRun:
     """Run the oracle, selecting each layer's tokens from its own hidden states.
 
@@ -247,9 +248,11 @@ def oracle_forward(
         scorer: The scorer that is asked at every selecting layer.
         routing: Rates and rules of the selection.
         span: Columns of the prompt (default: all).
+        modality: [B, S], 0 text, 1 vision, -1 pad (default: what tiny inputs tell).
     """
     ids = inputs["input_ids"]
-    chooser = _Chooser(scorer, routing, modality_of(model, inputs), ids, span or ids.shape[1])
+    modality = modality_of(model, inputs) if modality is None else modality
+    chooser = _Chooser(scorer, routing, modality, ids, span or ids.shape[1])
     with masked_layers(model, chooser) as keep:
         logits = model(**inputs, use_cache=False).logits
     return OracleRun(logits, keep)

@@ -1,0 +1,93 @@
+"""Runs the laws on every architecture of the image-text-to-text mapping."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from dare_hf.adapters import find_spec
+from dare_hf.conformance.laws import CHECKS, LawBroken
+from dare_hf.conformance.subject import Subject
+from dare_hf.errors import DareInputError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one architecture.
+
+    Attributes:
+        model_type: Its `config.model_type`.
+        name: The class of its model.
+        status: "pass", "refused" or "fail".
+        reason: Why it is refused, or which law broke and by how much; empty for a pass.
+        seconds: How long the row took.
+    """
+
+    model_type: str
+    name: str
+    status: str
+    reason: str
+    seconds: float
+
+    def to_dict(self) -> dict[str, str]:
+        """The row as `dare-hf conformance --json` prints it."""
+        row = asdict(self)
+        return {
+            "model_type": row["model_type"],
+            "class": row["name"],
+            "status": row["status"],
+            "reason": row["reason"],
+        }
+
+
+def architectures() -> dict[str, str]:
+    """model_type -> class name of every image-text-to-text architecture of transformers."""
+    return dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+
+
+def run_row(model_type: str) -> Row:
+    """Run all laws on the tiny model of one architecture.
+
+    Raises:
+        DareInputError: transformers has no such image-text-to-text architecture.
+    """
+    names = architectures()
+    if model_type not in names:
+        raise DareInputError(
+            f"expected an image-text-to-text architecture of transformers ({', '.join(names)}); "
+            f"got {model_type!r}"
+        )
+    started = time.perf_counter()
+    status, reason = _verdict(model_type)
+    seconds = time.perf_counter() - started
+    return Row(model_type, names[model_type], status, reason, seconds)
+
+
+def run_all() -> Iterator[Row]:
+    """Every row, in the mapping's order, as it is done."""
+    for model_type in architectures():
+        yield run_row(model_type)
+
+
+def _verdict(model_type: str) -> tuple[str, str]:
+    try:
+        find_spec(model_type)
+    except UnsupportedModelError as refusal:
+        return "refused", str(refusal)
+    try:
+        subject = Subject.of(model_type)
+        for check in CHECKS:
+            check(subject)
+    except UnsupportedModelError as refusal:
+        return "refused", str(refusal)
+    except LawBroken as broken:
+        return "fail", str(broken)
+    except Exception as error:
+        return "fail", f"{type(error).__name__}: {error}"
+    return "pass", ""
