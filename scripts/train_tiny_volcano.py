@@ -48,7 +48,7 @@ def main() -> None:
             file.write(json.dumps(entry) + "\n")
 
     if args.stage in ("train", "all"):
-        log({"stage": "start", "torch": torch.__version__, "bf16": args.bf16, **vars(plan)})
+        log({"event": "start", "torch": torch.__version__, "bf16": args.bf16, **vars(plan)})
         train(plan, args.out, args.bf16, log)
     if args.stage == "export" or (args.stage == "all" and args.assets):
         export(args.out, args.assets)

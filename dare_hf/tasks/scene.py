@@ -35,9 +35,9 @@ MAX_RELATIONS = 2
 _HELD_OUT_TENTHS = 1
 _SPLITS: dict[str, tuple[int, tuple[int, int], tuple[float, float, float]]] = {
     # name: (stream number, shapes (inclusive), shares of questions with 0, 1 and 2 relations)
-    "train": (0, (3, 6), (0.2, 0.5, 0.3)),
-    "easy": (1, (4, 6), (0.25, 0.75, 0.0)),
-    "hard": (2, (7, 9), (0.0, 0.5, 0.5)),
+    "train": (0, (3, 5), (0.2, 0.5, 0.3)),
+    "easy": (1, (4, 5), (0.25, 0.75, 0.0)),
+    "hard": (2, (6, 6), (0.0, 0.5, 0.5)),
 }
 
 PROMPT = "Which mark is on {place}? <image>"
@@ -78,7 +78,7 @@ class SceneItem:
     """One scene and a question about it.
 
     Attributes:
-        shapes: In raster order; no two have both colour and form in common.
+        shapes: In raster order; each has a colour of its own.
         reference: Index of the shape that the question names.
         relations: Names from RELATIONS, to be followed from the reference on.
     """
@@ -150,9 +150,9 @@ def sample(n: int, split: Split = "easy", seed: int = 0, first: int = 0) -> list
 
     Args:
         n: Number of items.
-        split: "train": 3 to 6 shapes, up to two relations; "easy": 4 to 6 shapes, up to one
-            relation, layouts disjoint by `is_held_out`; "hard": 7 to 9 shapes, one or two
-            relations, held-out layouts too.
+        split: "train": 3 to 5 shapes, up to two relations; "easy": 4 or 5 shapes, up to one
+            relation, layouts disjoint by `is_held_out`; "hard": 6 shapes, one or two relations,
+            held-out layouts too.
         seed: Stream seed.
         first: Index of the first item.
 
@@ -191,11 +191,12 @@ def sample_one(
 
 def _random_shapes(rng: np.random.Generator, count: int) -> tuple[Shape, ...]:
     cells = sorted(rng.permutation(GRID * GRID)[:count].tolist())
-    kinds = rng.permutation(len(COLOURS) * len(FORMS))[:count].tolist()
+    colours = rng.permutation(len(COLOURS))[:count].tolist()
+    forms = rng.integers(len(FORMS), size=count).tolist()
     marks = rng.integers(len(MARKS), size=count).tolist()
     return tuple(
-        Shape(*divmod(cell, GRID), *divmod(kind, len(FORMS)), mark)
-        for cell, kind, mark in zip(cells, kinds, marks, strict=True)
+        Shape(*divmod(cell, GRID), colour, form, mark)
+        for cell, colour, form, mark in zip(cells, colours, forms, marks, strict=True)
     )
 
 
