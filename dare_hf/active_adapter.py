@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dare_hf.routers.router import Router
+    from dare_hf.routing.retention import RetentionTable
     from dare_hf.settings import Settings
 
 
@@ -74,7 +75,7 @@ class ActiveAdapter:
         return replace(settings, table=self._table(routers, settings))
 
     def _written(self, routers: list[Router]) -> bool:
-        logits = [router.rate_logits for router in routers]
+        logits = [_logits(router) for router in routers]
         values = _stacked(logits)
         if values is not None:
             return self._values is None or not torch.equal(values, self._values)
@@ -82,15 +83,27 @@ class ActiveAdapter:
         pairs = zip(now, self._read, strict=False)
         return not self._read or any(a is not b or v != w for (a, v), (b, w) in pairs)
 
-    def _table(self, routers: list[Router], settings: Settings) -> Any:
-        self._read = [(router.rate_logits, _version(router.rate_logits)) for router in routers]
-        self._values = _stacked([router.rate_logits for router in routers])
+    def _table(self, routers: list[Router], settings: Settings) -> RetentionTable:
+        logits = [_logits(router) for router in routers]
+        self._read = [(tensor, _version(tensor)) for tensor in logits]
+        self._values = _stacked(logits)
+        same_place = len({tensor.device for tensor in logits}) == 1
         with torch.no_grad():
-            rates = torch.stack([router.rates().cpu() for router in routers]).double().tolist()
+            every = logits if same_place else [tensor.cpu() for tensor in logits]
+            rates = torch.sigmoid(torch.stack(list(every)).float()).double().tolist()
         first = routers[0]
-        rows = [first.rate_row(hop) for hop in range(first.rate_logits.shape[0])]
+        rows = [first.rate_row(hop) for hop in range(len(rates[0]))]
         by_hop = [[layer[row] for layer in rates] for row in rows]
         return learned_table(by_hop, plan_every=settings.config.plan_every)
+
+
+def _logits(router: Router) -> Tensor:
+    """[hops, 2] rate logits, wherever accelerate's offload hook keeps them."""
+    logits: Tensor = router.rate_logits
+    hook = getattr(router, "_hf_hook", None)
+    if logits.device.type == "meta" and getattr(hook, "weights_map", None) is not None:
+        return hook.weights_map["rate_logits"]
+    return logits
 
 
 def _stacked(logits: Sequence[Tensor]) -> Tensor | None:

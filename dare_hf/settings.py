@@ -128,8 +128,7 @@ def check_adapter(config: DareConfig, *, present: bool) -> None:
     Raises:
         DareConfigError: A field asks for a trained adapter.
     """
-    asked = {"scorer": "router", "schedule": "learned", "decode": "routed"}
-    asked["score_scaling"] = "multiply"
+    asked = {"scorer": "router", "schedule": "learned", "score_scaling": "multiply"}
     for name, value in asked.items():
         if not present and getattr(config, name) == value:
             raise DareConfigError(
@@ -137,12 +136,16 @@ def check_adapter(config: DareConfig, *, present: bool) -> None:
                 "without one. Load an adapter (apply_dare(model, 'folder')), train one "
                 f"(peft.get_peft_model(model, config)), or choose another {name}"
             )
-    for name in ("decode", "score_scaling"):
-        if getattr(config, name) == asked[name] and config.scorer != "router":
-            raise DareConfigError(
-                f"{name}: expected scorer='router' for {asked[name]!r}; got "
-                f"scorer={config.scorer!r}. Choose that scorer, or leave {name} at its default"
-            )
+    if config.decode == "routed":
+        raise DareConfigError(
+            "decode: expected 'full'; got 'routed', which needs thresholds that no adapter holds "
+            "yet. Leave decode at its default: sampled tokens run all layers"
+        )
+    if config.multiplies and config.scorer != "router":
+        raise DareConfigError(
+            "score_scaling: expected scorer='router' for 'multiply'; got scorer="
+            f"{config.scorer!r}. Choose that scorer, or leave score_scaling at its default"
+        )
 
 
 def _warn_text(config: DareConfig) -> None:
