@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -61,7 +62,10 @@ class DareTuner(BaseTuner):
         shared = vars(model).get("peft_config")
         known = set(shared or ())
         try:
-            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+            with warnings.catch_warnings():
+                # what transformers does for every second adapter, a LoRA beside this one
+                warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+                super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         except BaseException:
             for name in set(shared or ()) - known:
                 del shared[name]

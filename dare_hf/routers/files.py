@@ -26,7 +26,8 @@ def read_adapter(source: str) -> tuple[DareConfig, list[dict[str, Tensor]]]:
         source: A folder with adapter_config.json and adapter_model.safetensors, or a hub id.
 
     Returns:
-        Its configuration, and for each layer the router's tensors by name, on the CPU.
+        Its configuration, and for each routed layer in order the router's tensors by name, on the
+        CPU.
 
     Raises:
         DareConfigError: There is no adapter, or it belongs to another method.
@@ -52,12 +53,7 @@ def read_adapter(source: str) -> tuple[DareConfig, list[dict[str, Tensor]]]:
                 f"{key!r}. Save the adapter again, without modules of the base model"
             )
         layers.setdefault(int(found[1]), {})[found[2]] = tensor
-    if sorted(layers) != list(range(len(layers))):
-        raise AdapterMismatchError(
-            f"expected router tensors of all layers in a row; {source!r} holds those of "
-            f"{sorted(layers)}. Save the adapter again"
-        )
-    return config, [layers[i] for i in range(len(layers))]
+    return config, [layers[index] for index in sorted(layers)]
 
 
 def check_made_for(config: DareConfig, made: Mapping[str, object]) -> None:
