@@ -38,6 +38,8 @@ ROUTINGS = {
     "blind": {"hop_aware": False},
     "gumbel": {"selector": "gumbel"},
     "literal": {"normalize_input": False},
+    "multiply": {"score_scaling": "multiply"},
+    "multiply_drop": {"score_scaling": "multiply", "pruned": "drop"},
 }
 
 

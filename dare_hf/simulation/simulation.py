@@ -282,7 +282,7 @@ class Simulation:
         """The rate as the losses and soft budgets see it: learned ones with their gradient."""
         if self.routers is None or not self.learns_rates:
             return self.table.rate(hop, index, modality)
-        router = self.routers[index]
+        router = self.routers[self.table.plan_layers[index]]  # whose rates the table gives the layer
         return router.rates()[router.rate_row(hop), modality].to(self.context.device)
 
     def _note(self, index: int, scores: Tensor) -> None:
