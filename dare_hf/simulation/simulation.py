@@ -282,7 +282,8 @@ class Simulation:
         """The rate as the losses and soft budgets see it: learned ones with their gradient."""
         if self.routers is None or not self.learns_rates:
             return self.table.rate(hop, index, modality)
-        router = self.routers[self.table.plan_layers[index]]  # whose rates the table gives the layer
+        source = self.table.plan_layers[index]  # whose rates the table gives the layers it serves
+        router = self.routers[source]
         return router.rates()[router.rate_row(hop), modality].to(self.context.device)
 
     def _note(self, index: int, scores: Tensor) -> None:
