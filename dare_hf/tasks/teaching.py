@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import ChameleonProcessor
 
 from dare_hf.errors import DareInputError
 from dare_hf.generation.boxes import crop_pixels
+from dare_hf.routing.selection import isin_ids
 from dare_hf.tasks import render, scene
 from dare_hf.tasks.frozen_lake import FrozenLakeItem
 from dare_hf.tasks.ghost import GhostItem
@@ -19,7 +21,7 @@ from dare_hf.tasks.maze import MazeItem
 from dare_hf.tasks.scene_render import scene_to_image
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from PIL import Image
     from torch import Tensor
@@ -61,7 +63,7 @@ def batch(model: Any, processor: Any, items: Sequence[Item]) -> dict[str, Tensor
     Args:
         model: dare-tiny-anole or dare-tiny-volcano, or a model of their kind.
         processor: Its processor.
-        items: Items of MAZE, FrozenLake and Ghost Letters, or of SCENE.
+        items: Items of MAZE, FrozenLake and Ghost Letters, mixed as you like, or of SCENE.
 
     Returns:
         input_ids [B, S] padded on the left, attention_mask, labels (-100 on prompts, pads and what
@@ -71,34 +73,72 @@ def batch(model: Any, processor: Any, items: Sequence[Item]) -> dict[str, Tensor
     Raises:
         DareInputError: An item belongs to no task.
     """
-    solved = [solution(item) for item in items]
-    vocabulary = model.config.model_type == "chameleon"
-    # Chameleon's processor ends every text with a separator: the prompt's own, later the end's.
-    texts = [f"{prompt}{'<sep>' if vocabulary else ''}{reply}" for prompt, reply, _ in solved]
-    if not vocabulary:
-        texts = [text + processor.tokenizer.eos_token for text in texts]
+    rows = [
+        {"prompt": prompt, "response": response, "images": pictures}
+        for prompt, response, pictures in map(solution, items)
+    ]
+    if model.config.model_type != "chameleon":
+        return respond(processor, rows, (processor.image_token_id,))
+    made = respond(processor, rows, ())
+    ids = made["input_ids"]
+    codes = model.get_image_tokens(made.pop("pixel_values").to(model.device, model.dtype))
+    ids[ids == processor.image_token_id] = codes.to(ids).flatten()
+    learned = made["labels"] != IGNORED
+    given = torch.tensor([[isinstance(item, GhostItem)] for item in items])
+    learned &= ~(given & _looks(ids, processor))
+    return made | {"input_ids": ids, "labels": ids.masked_fill(~learned, IGNORED)}
+
+
+def respond(
+    processor: Any,
+    rows: Sequence[Mapping[str, Any]],
+    vision_ids: Sequence[int],
+) -> dict[str, Tensor]:
+    """Prompts and responses of any processor as a training forward takes them.
+
+    Args:
+        processor: The model's processor.
+        rows: Each with "prompt", "response" (text with the processor's image placeholder where a
+            picture stands) and "images", the pictures of both in order.
+        vision_ids: Ids that are given wherever they stand, never learned.
+
+    Returns:
+        What the processor makes, padded on the left, and labels [B, S].
+
+    Raises:
+        DareInputError: A prompt's tokens are not the first of the whole text's.
+    """
+    between, end = "", processor.tokenizer.eos_token
+    if isinstance(processor, ChameleonProcessor):
+        # It ends every text with a separator: here the prompt's own, then in the place of the end.
+        between, end = processor.tokenizer.sep_token, ""
+    texts = [f"{row['prompt']}{between}{row['response']}{end}" for row in rows]
     settings = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-    made = dict(processor(text=texts, images=[pictures for *_, pictures in solved], **settings))
+    pictures = [list(row["images"]) for row in rows]
+    shown = {"images": pictures} if any(pictures) else {}
+    made = dict(processor(text=texts, **shown, **settings))
     ids, mask = made["input_ids"], made["attention_mask"].bool()
-    given = [_prompt_length(processor, prompt, pictures) for prompt, _, pictures in solved]
-    rank = mask.long().cumsum(1) - 1
-    learned = mask & (rank >= torch.tensor(given)[:, None])
-    if vocabulary:
+    if between:
         ids = ids.clone()
         ids[:, -1] = processor.tokenizer.eos_token_id
-        codes = model.get_image_tokens(made.pop("pixel_values").to(model.device, model.dtype))
-        ids[ids == processor.image_token_id] = codes.to(ids).flatten()
-        if isinstance(items[0], GhostItem):
-            learned &= ~_looks(ids, processor)
-    else:
-        learned &= ids != processor.image_token_id
-    made |= {"input_ids": ids, "labels": ids.masked_fill(~learned, IGNORED)}
-    return made
+    learned = mask & ~isin_ids(ids, vision_ids)
+    for k, row in enumerate(rows):
+        prompt = _prompt_ids(processor, row["prompt"], pictures[k])
+        first = int((~mask[k]).sum())
+        if not torch.equal(ids[k, first : first + len(prompt)], prompt):
+            raise DareInputError(
+                f"prompt: expected one that ends where a token ends; got {row['prompt'][-40:]!r} "
+                f"before {row['response'][:20]!r}. End it with a space or a new line"
+            )
+        learned[k, : first + len(prompt)] = False
+    return made | {"input_ids": ids, "labels": ids.masked_fill(~learned, IGNORED)}
 
 
-def _prompt_length(processor: Any, prompt: str, pictures: list[Any]) -> int:
-    made = processor(text=[prompt], images=[pictures[:1]], return_tensors="pt")
-    return made["input_ids"].shape[1]
+def _prompt_ids(processor: Any, prompt: str, pictures: list[Any]) -> Tensor:
+    placeholder = getattr(processor, "image_token", None)
+    count = prompt.count(placeholder) if placeholder else len(pictures)
+    shown = {"images": [pictures[:count]]} if count else {}
+    return processor(text=[prompt], **shown, return_tensors="pt")["input_ids"][0]
 
 
 def _looks(ids: Tensor, processor: Any) -> Tensor:

@@ -10,6 +10,7 @@ from transformers import Trainer
 from dare_hf.attach import state_of
 from dare_hf.errors import DareConfigError
 from dare_hf.training.auxiliary import auxiliary_loss
+from dare_hf.training.quantized import keep_gradients_right
 from dare_hf.training.schedule import TemperatureSchedule
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class DareTrainerMixin:
         self._step_rows = 0
         self._sums: Tensor | None = None
         self._names: list[str] = []
+        keep_gradients_right(trainer.model)
         state_of(trainer.model)  # a model without DARE is refused now, not at the first step
         trainer.add_callback(TemperatureSchedule())
 

@@ -1,0 +1,132 @@
+"""Where training rows come from, and how they become batches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import Dataset
+
+from dare_hf.errors import DareInputError
+from dare_hf.tasks import frozen_lake, ghost, maze, scene, teaching
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dare_hf.recipes.recipe import Recipe
+
+_STREAMS: dict[str, Any] = {
+    "maze": maze,
+    "frozen_lake": frozen_lake,
+    "ghost": ghost,
+    "scene": scene,
+}
+
+
+class TaskStream(Dataset):
+    """The training splits of tasks, item by item in turn.
+
+    Args:
+        names: Tasks.
+        count: Items in all.
+        seed: Stream seed.
+        first: Index of the first item.
+    """
+
+    def __init__(self, names: Sequence[str], count: int, seed: int, first: int = 0) -> None:
+        self.names, self.count, self.seed, self.first = tuple(names), count, seed, first
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        turn, name = divmod(index, len(self.names))
+        stream = _STREAMS[self.names[name]]
+        return {"item": stream.sample_one("train", self.seed, self.first + turn)}
+
+
+class TaskCollator:
+    """Items of tasks -> a teacher-forced batch; see `teaching.batch`."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.processor = model, processor
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """The batch of these rows."""
+        return teaching.batch(self.model, self.processor, [row["item"] for row in rows])
+
+
+class JsonLines(Dataset):
+    """A file of {"images": [...], "prompt": ..., "response": ...}, one per line.
+
+    Raises:
+        DareInputError: A line is no such object, or the file cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.folder = Path(path).parent
+        try:
+            lines = Path(path).read_text().splitlines()
+        except OSError as error:
+            raise DareInputError(
+                f"data: expected a JSON lines file; got {path}: {error}"
+            ) from error
+        self.rows = [
+            _row(line, number, path) for number, line in enumerate(lines, 1) if line.strip()
+        ]
+        if not self.rows:
+            raise DareInputError(f"data: expected at least one line; got none in {path}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        from PIL import Image
+
+        row = self.rows[index]
+        pictures = [Image.open(self.folder / name).convert("RGB") for name in row["images"]]
+        return {"images": pictures, "prompt": row["prompt"], "response": row["response"]}
+
+
+def _row(line: str, number: int, path: Any) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        images, prompt, response = row["images"], row["prompt"], row["response"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DareInputError(
+            'data: expected {"images": [...], "prompt": ..., "response": ...} in line '
+            f"{number} of {path}; got {line[:80]!r} ({error})"
+        ) from error
+    if not isinstance(images, list) or not all(isinstance(t, str) for t in (prompt, response)):
+        raise DareInputError(
+            f"data: expected a list of paths and two strings in line {number} of {path}; got "
+            f"{line[:80]!r}"
+        )
+    return {"images": images, "prompt": prompt, "response": response}
+
+
+class ResponseCollator:
+    """Prompts and responses -> a teacher-forced batch: the response is learned, images are not.
+
+    Pictures in the response are injected spans: their tokens are given, not learned.
+
+    Args:
+        processor: The model's processor.
+        vision_ids: Ids of vision tokens.
+    """
+
+    def __init__(self, processor: Any, vision_ids: Sequence[int]) -> None:
+        self.processor, self.vision_ids = processor, tuple(vision_ids)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """The batch of these rows."""
+        return teaching.respond(self.processor, rows, self.vision_ids)
+
+
+def dataset_of(recipe: Recipe) -> Dataset:
+    """The rows a recipe trains on."""
+    if recipe.data is not None:
+        return JsonLines(recipe.data)
+    count = recipe.steps * recipe.batch_size * recipe.accumulate
+    return TaskStream(recipe.task, count, recipe.seed, recipe.first)

@@ -1,0 +1,186 @@
+"""Running a recipe: load, attach, train, save."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
+
+from dare_hf.adapters.registry import locate
+from dare_hf.apply import apply_dare, remove_dare
+from dare_hf.config import DareConfig
+from dare_hf.demo.embedded import RUNNERS, load_embedded, runner_type
+from dare_hf.generation.interleaved import allow_image_tokens
+from dare_hf.modality import vision_token_ids
+from dare_hf.recipes.data import ResponseCollator, TaskCollator, dataset_of
+from dare_hf.training import DareTrainer
+from dare_hf.training.quantized import keep_gradients_right, quantization_config
+
+if TYPE_CHECKING:
+    from dare_hf.recipes.recipe import Recipe
+
+DARE, LORA = "dare", "lora"
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run left.
+
+    Attributes:
+        model: The trained model with its adapters active.
+        processor: Its processor.
+        folders: Where each adapter was saved, by "dare" and "lora".
+        log: The Trainer's log entries.
+    """
+
+    model: Any
+    processor: Any
+    folders: dict[str, str]
+    log: list[dict[str, Any]]
+
+
+def train(recipe: Recipe) -> TrainingResult:
+    """Train routers, alone or with a LoRA, as a recipe says.
+
+    Args:
+        recipe: The run.
+
+    Returns:
+        The model and where its adapters were saved: `apply_dare(model, out + "/dare")` loads the
+        routers; a LoRA is loaded before, by `model.load_adapter(out + "/lora")`.
+
+    Raises:
+        DareError: The recipe, its data or its model cannot be used; the text says why.
+    """
+    set_seed(recipe.seed)
+    model, processor, delimiters = _load(recipe)
+    _attach(model, recipe, delimiters)
+    out = Path(recipe.out)
+    trainer = DareTrainer(
+        model=model,
+        args=_arguments(recipe),
+        train_dataset=dataset_of(recipe),
+        data_collator=_collator(recipe, model, processor),
+        router_lr=recipe.router_lr,
+        rate_lr=recipe.rate_lr,
+    )
+    draws = model.config.model_type == "chameleon"
+    with allow_image_tokens(model) if draws else nullcontext():
+        trainer.train()
+    folders = _save(model, recipe, out)
+    log = trainer.state.log_history
+    with (out / "training_log.jsonl").open("w") as file:
+        for entry in ({"recipe": asdict(recipe)}, *log):
+            file.write(json.dumps(entry) + "\n")
+    return TrainingResult(model.eval(), processor, folders, log)
+
+
+def _load(recipe: Recipe) -> tuple[Any, Any, tuple[int, ...]]:
+    """Model, processor, and what ends a hop in the tasks of an embedded model."""
+    if recipe.model in RUNNERS:
+        model, processor = load_embedded(recipe.model)
+        return model, processor, (runner_type(recipe.model).delimiter(processor),)
+    settings: dict[str, Any] = {}
+    if recipe.load_in_4bit:
+        settings["quantization_config"] = quantization_config()
+    model = AutoModelForImageTextToText.from_pretrained(recipe.model, **settings)
+    return model, AutoProcessor.from_pretrained(recipe.model), ()
+
+
+def _attach(model: Any, recipe: Recipe, delimiters: tuple[int, ...]) -> None:
+    """Put the adapters of a recipe on the model; only they are trained."""
+    from peft import LoraConfig
+
+    model.requires_grad_(False)
+    keep_gradients_right(model)
+    names = []
+    if recipe.lora is not None:
+        model.add_adapter(LoraConfig(**(_lora_defaults(model) | recipe.lora)), LORA)
+        names.append(LORA)
+    config = recipe.dare_config(delimiters)
+    if config.scorer == "router":
+        with warnings.catch_warnings():  # peft asks whether a second adapter is meant: it is
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            model.add_adapter(config, DARE)
+        names.append(DARE)
+        model.set_adapter(names)
+    else:
+        apply_dare(model, config)
+
+
+def _lora_defaults(model: Any) -> dict[str, Any]:
+    """All linear maps of the decoder layers, by their full names: no vision tower, no head."""
+    anatomy = locate(model)
+    spots = {id(layer) for layer in anatomy.layers}
+    inside = [name for name, module in model.named_modules() if id(module) in spots]
+    linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    names = [
+        name
+        for name, _ in model.named_modules()
+        if name.rpartition(".")[2] in linear and name.startswith(tuple(f"{i}." for i in inside))
+    ]
+    return {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": names}
+
+
+def _arguments(recipe: Recipe) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=recipe.out,
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulate,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.05},
+        warmup_steps=recipe.warmup,
+        weight_decay=0.0,
+        seed=recipe.seed,
+        bf16=recipe.bf16,
+        **_checkpointing(recipe),
+        logging_steps=max(min(20, recipe.steps), 1),
+        save_strategy="steps" if recipe.save_every else "no",
+        save_steps=recipe.save_every or 500,
+        save_total_limit=2,
+        report_to=[],
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.accelerator.is_available(),
+    )
+
+
+def _checkpointing(recipe: Recipe) -> dict[str, bool]:
+    """The argument by its newer name where there is one (transformers 5.23)."""
+    known = {one.name for one in fields(TrainingArguments)}
+    name = "activation_checkpointing"
+    name = name if name in known else "gradient_checkpointing"
+    return {name: True} if recipe.gradient_checkpointing else {}
+
+
+def _collator(recipe: Recipe, model: Any, processor: Any) -> Any:
+    if recipe.data is None:
+        return TaskCollator(model, processor)
+    config: DareConfig = model._dare.controller.config
+    return ResponseCollator(processor, vision_token_ids(model.config, config.image_token_ids))
+
+
+def _save(model: Any, recipe: Recipe, out: Path) -> dict[str, str]:
+    """Save each adapter in a folder of its own."""
+    folders = {}
+    kinds = [LORA] if recipe.lora is not None else []
+    if model._dare.controller.routers is not None:
+        kinds.append(DARE)
+    else:
+        remove_dare(model)
+    active = list(kinds)
+    for name in kinds:
+        model.set_adapter(name)  # transformers saves the active adapter only (5.23)
+        model.save_pretrained(out / name)
+        folders[name] = str(out / name)
+    if active:
+        model.set_adapter(active)
+    return folders

@@ -1,0 +1,146 @@
+"""Recipes: what a file may say, and that both recipes run, save and load again."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dare_hf import DareConfig, apply_dare
+from dare_hf.demo.embedded import load_embedded
+from dare_hf.errors import DareConfigError, DareInputError
+from dare_hf.recipes import Recipe, load_recipe, train
+from dare_hf.recipes.data import JsonLines, ResponseCollator, TaskStream
+from dare_hf.tasks import maze, mvot
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.parametrize("name", ["router.yaml", "router_lora.yaml"])
+def test_examples_are_recipes(name):
+    recipe = load_recipe(EXAMPLES / name)
+    config = recipe.dare_config((5,))
+    assert (config.scorer, config.schedule) == ("router", "learned")
+    assert config.hop_delimiters == (5,)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("[1, 2]", "names and values"),
+        ("model: anole\nout: x\n", "task, data"),
+        ("model: anole\nout: x\ntask: chess\n", "chess"),
+        ("model: anole\nout: x\ntask: maze\ndata: y\n", "task, data"),
+        ("model: anole\nout: x\ntask: maze\nstep: 3\n", "got step"),
+        ("model: anole\ntask: maze\n", "expected out"),
+        ("model: anole\nout: x\ntask: maze\nsteps: 0\n", "steps"),
+        ("model: anole\nout: x\ntask: maze\ndare: {kappa: 2}\n", "kappa"),
+        ("model: anole\nout: x\ntask: maze\ndare: {vision_retention: 2}\n", "vision_retention"),
+        ("model: anole\nout: x\ntask: maze\ndare: null\n", "at least one"),
+        ("a: [", "YAML"),
+    ],
+)
+def test_what_no_run_could_use_is_refused(tmp_path, text, match):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(DareConfigError, match=match):
+        load_recipe(file)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(DareConfigError, match="YAML"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_the_stream_takes_its_tasks_in_turn():
+    stream = TaskStream(("maze", "ghost"), 5, seed=3, first=7)
+    kinds = [type(stream[k]["item"]).__name__ for k in range(len(stream))]
+    assert kinds == ["MazeItem", "GhostItem", "MazeItem", "GhostItem", "MazeItem"]
+    assert stream[2]["item"] == maze.sample_one("train", 3, 8)
+
+
+def test_json_lines_say_what_is_wrong(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a"}\n')
+    with pytest.raises(DareInputError, match="line 1"):
+        JsonLines(file)
+    file.write_text('{"images": "a.png", "prompt": "a", "response": "b"}\n')
+    with pytest.raises(DareInputError, match="list of paths"):
+        JsonLines(file)
+    file.write_text("\n")
+    with pytest.raises(DareInputError, match="at least one line"):
+        JsonLines(file)
+
+
+def test_rows_of_a_file_learn_the_response_only(tmp_path):
+    _, processor = load_embedded("anole")
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+    rows = [
+        {"images": ["a.png"], "prompt": "Go up. <image>", "response": "Go left."},
+        {"images": [], "prompt": "Go", "response": " down. Go up."},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = JsonLines(file)
+    for row, wanted in ((data[0], "Go left."), (data[1], "down. Go up.")):
+        made = ResponseCollator(processor, (processor.image_token_id,))([row])
+        learned = made["labels"][0][made["labels"][0] != -100]
+        assert processor.decode(learned, skip_special_tokens=True).strip() == wanted
+        assert learned[-1] == processor.tokenizer.eos_token_id
+        assert (made["pixel_values"].shape[0] if row["images"] else 0) == len(row["images"])
+
+
+@pytest.mark.slow
+def test_routers_alone_train_save_and_load(tmp_path):
+    recipe = Recipe("anole", str(tmp_path), task=("maze",), steps=2, batch_size=2)
+    plain, processor = load_embedded("anole")
+    result = train(recipe)
+    trained = result.model.state_dict()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, trained[name]), name
+    assert set(result.folders) == {"dare"}
+    entries = [json.loads(x) for x in (tmp_path / "training_log.jsonl").read_text().splitlines()]
+    assert entries[0]["recipe"]["task"] == ["maze"]
+    assert any("dare/soft_vision" in entry for entry in entries)
+    items = maze.sample(2, "easy", seed=0)
+    again = apply_dare(plain, result.folders["dare"])
+    assert _ids(again, processor, items) == _ids(result.model, processor, items)
+
+
+@pytest.mark.slow
+def test_routers_and_lora_train_save_and_load(tmp_path):
+    lora = {"r": 4, "init_lora_weights": False}  # as if it had been trained
+    recipe = Recipe("anole", str(tmp_path), task=("maze",), steps=2, batch_size=2, lora=lora)
+    result = train(recipe)
+    assert set(result.folders) == {"dare", "lora"}
+    items = maze.sample(2, "easy", seed=0)
+    plain, processor = load_embedded("anole")
+    before = _ids(copy.deepcopy(plain), processor, items)
+    plain.load_adapter(result.folders["lora"], "lora")
+    with pytest.warns(UserWarning, match="multiple adapters"):  # peft's: they are meant
+        plain.load_adapter(result.folders["dare"], "dare")
+    plain.set_adapter(["lora", "dare"])
+    after = _ids(plain, processor, items)
+    assert after == _ids(result.model, processor, items)
+    assert after != before
+
+
+@pytest.mark.slow
+def test_the_control_trains_a_lora_on_the_unpruned_model(tmp_path):
+    recipe = Recipe(
+        "anole", str(tmp_path), task=("maze",), steps=1, batch_size=2, dare=None, lora={"r": 4}
+    )
+    result = train(recipe)
+    assert set(result.folders) == {"lora"}
+    assert "_dare" not in vars(result.model)
+    assert recipe.dare_config(()) == DareConfig(
+        vision_retention=1.0, text_retention=1.0, schedule="constant"
+    )
+
+
+def _ids(model, processor, items):
+    return [solution.ids for solution in mvot.solve(model.eval(), processor, items)]
