@@ -31,11 +31,13 @@ class Plan:
     answer_weight: float = 15.0
     changed_weight: float = 4.0
     seen_weight: float = 0.2
+    step_weight: float = 4.0
     maze_share: float = 0.4
     lake_share: float = 0.3
     ghost_share: float = 0.3
     naming: float = 0.1
     markov_share: float = 0.15
+    drill: float = 0.2
     shifted: float = 0.3
     longer: float = 0.08
     longest: int = 6
@@ -79,7 +81,8 @@ def loss_and_marks(
             marks[f"{batch.kind}_answer"] = right[:, -3].float().mean().item()
             words[:, -6:] = False
         if words.any():
-            marks["text"] = right[words].float().mean().item()
+            name = f"{batch.kind}_text" if batch.kind.endswith(("_markov", "_drill")) else "text"
+            marks[name] = right[words].float().mean().item()
         if code.any() and not batch.kind.startswith("ghost"):
             marks["image"] = right[code].float().mean().item()
             changed = code & (weight > 1)
@@ -181,6 +184,7 @@ def train_lm(
         model.load_state_dict(state["model"])
         for optimizer, saved_state in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved_state)
+        model.model.vqmodel.load_state_dict(vq)
         step, seen = state["step"], state["seen"]
     if os.environ.get("ANOLE_COMPILE"):
         for layer in model.model.layers:

@@ -96,12 +96,29 @@ class Sampler:
             if task == "ghost" and latest == k:
                 # In the context markov a look ends the call: its image comes with the next one.
                 more, cost = more[: len(texts[k]) + 1], cost[: len(texts[k]) + 1]
+            if latest is not None:
+                # Which step is next must be looked up by its number here, not by where it stands.
+                text = range(len(texts[k]))
+                cost = [c * self.plan.step_weight if i in text else c for i, c in enumerate(cost)]
             ids += more
             weight += [0.0] * len(more) if given else cost
             prompt = len(ids) if given else prompt
         if latest is None or latest == count:
             ids += [*self.answer[item.answer], v["</s>"]]
             weight += [1.0, 1.0, 1.0, self.plan.answer_weight, 1.0, 1.0]
+        return ids, weight, prompt
+
+    def drill(self, task: str, item: Item, first: int, order: np.ndarray) -> tuple:
+        """Question and image, then steps named in any `order`: only their directions count.
+
+        Several look-ups by number in the space of one step with its image.
+        """
+        ids, _, prompt = self.example(task, item, first)
+        ids, weight = ids[:prompt], [0.0] * prompt
+        for k in order:
+            text = self.steps[first + int(k), item.actions[int(k)]]
+            ids += text
+            weight += [0.0, 0.0, 0.0, 1.0, 0.0]
         return ids, weight, prompt
 
     def _move(self, text: list[int], states: np.ndarray, k: int) -> tuple[list[int], list[float]]:
@@ -140,14 +157,20 @@ class Sampler:
             length = 1
         first = int(rng.integers(2, 4)) if rng.random() < plan.shifted else 1
         latest = int(rng.integers(1, length + 1)) if markov else None
-        size = plan.batch * (1 + (naming or markov))
+        drill = task != "ghost" and not naming and not markov and rng.random() < plan.drill
+        if drill:
+            length = int(rng.integers(4, most + 1))
+        order = rng.permutation(length)
+        size = plan.batch * (1 + (naming or markov or drill))
         rows = []
         for k in range(size):
             item = self._item(task, step * 2 * plan.batch + k, length)
             if naming and not isinstance(item, ghost.GhostItem):
                 item = replace(item, start=item.path()[-1], actions=())
-            rows.append(self.example(task, item, first, latest))
-        kind = task + ("_naming" if naming else "_markov" if markov else "")
+            row = self.example(task, item, first, latest)
+            rows.append(self.drill(task, item, first, order) if drill else row)
+        form = "_naming" if naming else "_markov" if markov else "_drill" if drill else ""
+        kind = task + form
         ids = torch.tensor(np.array([row[0] for row in rows]))
         return Batch(ids, torch.tensor([row[1] for row in rows]), rows[0][2], kind)
 

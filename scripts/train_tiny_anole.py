@@ -74,8 +74,10 @@ def export(out: Path, assets: Path) -> None:
     plan = Plan(**saved["plan"])
     model = anole_files.build_model(plan.layers, plan.hidden, plan.ffn, plan.heads)
     model.load_state_dict(saved["model"])
+    vq = torch.load(out / "vq.pt")
+    model.model.vqmodel.load_state_dict(vq["vq"])
     decoder = VQPatchDecoder(VQ_CONFIG["embed_dim"], hidden=256, patch=render.PATCH)
-    decoder.load_state_dict(torch.load(out / "vq.pt")["decoder"])
+    decoder.load_state_dict(vq["decoder"])
     anole_files.export(model.eval(), decoder, assets)
     print(f"exported {saved['seen']} samples' model to {assets}")
 
