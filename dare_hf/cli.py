@@ -157,5 +157,30 @@ def bench(
         typer.echo(json.dumps(result))
 
 
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option(help="YAML file; examples/router.yaml is one.")],
+    model: Annotated[str | None, typer.Option(help="Instead of the file's model.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Instead of the file's folder.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Instead of the file's steps.")] = None,
+    load_in_4bit: Annotated[bool, typer.Option(help="Load the backbone in nf4.")] = False,
+) -> None:
+    """Train routers, alone or with a LoRA, as a file says.
+
+    The adapters are saved to `dare/` and `lora/` in the output folder, with the training log.
+    """
+    with _one_line_errors():
+        from dare_hf import recipes
+
+        folder = None if out is None else str(out)
+        quantised = True if load_in_4bit else None
+        recipe = recipes.load_recipe(
+            config, model=model, out=folder, steps=steps, load_in_4bit=quantised
+        )
+        result = recipes.train(recipe)
+        for name, place in result.folders.items():
+            typer.echo(f"{name}: {place}")
+
+
 if __name__ == "__main__":
     app()

@@ -153,7 +153,7 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
     )
 
 
-def _checkpointing(recipe: Recipe) -> dict[str, bool]:
+def _checkpointing(recipe: Recipe) -> dict[str, Any]:
     """The argument by its newer name where there is one (transformers 5.23)."""
     known = {one.name for one in fields(TrainingArguments)}
     name = "activation_checkpointing"
