@@ -1,0 +1,48 @@
+"""Two steps of DareTrainer in this process or in one of two; writes the parameters it ends with.
+
+python train_two.py OUT        # or: torchrun --nproc_per_node 2 train_two.py OUT
+"""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+warnings.filterwarnings("ignore")
+
+from test_trainer import logs_of, routed_model, trained_parameters, trainer_of  # noqa: E402
+
+IMAGES = (1, 2, 0, 0)
+"""Of the rows in order: the second of two processes sees no image."""
+
+
+def main(out: str) -> None:
+    torch.set_num_threads(1)
+    model = routed_model()
+    trainer = trainer_of(
+        Path(out).parent,
+        model,
+        images=IMAGES,
+        per_device_train_batch_size=4 // int(os.environ.get("WORLD_SIZE", "1")),
+        train_sampling_strategy="sequential",
+        optim="sgd",
+        router_lr=0.1,
+        rate_lr=0.1,
+        max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+    )
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        logged = logs_of(trainer)[-1]
+        kept = [key for key in logged if key.startswith(("dare", "loss"))]
+        numbers = {key: torch.tensor(logged[key]) for key in kept}
+        print("processes:", trainer.accelerator.num_processes)
+        save_file({**trained_parameters(model), **numbers}, out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
