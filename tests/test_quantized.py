@@ -14,7 +14,8 @@ from dare_hf.testing import tiny_model
 from dare_hf.training import auxiliary_loss
 from dare_hf.training.quantized import keep_gradients_right, quantization_config
 
-pytest.importorskip("bitsandbytes")
+bitsandbytes = pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.extras
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +32,6 @@ def load(folder):
 
 
 def quantised(model):
-    import bitsandbytes
-
     return [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
 
 
