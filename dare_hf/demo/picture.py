@@ -82,5 +82,7 @@ def draw(runner: Runner, items: Sequence[Any], config: DareConfig) -> Figure:
     ]
     captions, images = zip(*runner.thoughts(item, solution), strict=True)
     verdict = f"answers {solution.answer}, right is {item.answer}"
-    title = f"One of the held-out {runner.items}, solved with DARE: {verdict}"
+    title = (
+        f"One of the held-out {runner.items}, solved with DARE: {verdict}{runner.question(item)}"
+    )
     return plot_retention(images, held, captions=captions, title=title)

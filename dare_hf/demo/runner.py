@@ -70,6 +70,10 @@ class Runner(ABC):
     def image_columns(self, ids: Sequence[int]) -> list[range]:
         """The columns of each whole image of a sequence, in raster order."""
 
+    def question(self, item: Any) -> str:
+        """What is asked, where the picture has to say it."""
+        return ""
+
     def plain_cost(self, observe: Callable[[BatchOutput], int]) -> Cost:
         """Adds up what generate calls without DARE cost."""
         return PlainCost(self.model, observe)

@@ -50,6 +50,10 @@ class Volcano(Runner):
         """The first with the most looks."""
         return max(items, key=lambda item: len(item.looks()))
 
+    def question(self, item: scene.SceneItem) -> str:
+        """The question on a line of its own."""
+        return "\n" + item.prompt.removesuffix(" <image>")
+
     def thoughts(
         self, item: scene.SceneItem, solution: vocot.Solution
     ) -> list[tuple[str, Image.Image]]:
