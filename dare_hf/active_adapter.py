@@ -41,13 +41,13 @@ class ActiveAdapter:
     def name(self) -> str | None:
         """Name of the active adapter, None without one."""
         holder = holder_of(self._layers[0])
-        return None if holder is None else holder.active
+        return None if holder is None else holder.active_name
 
     @property
     def running(self) -> bool:
         """Whether an adapter is active and switched on; else the model is the plain one."""
         holder = holder_of(self._layers[0])
-        return holder is not None and holder.enabled and holder.active is not None
+        return holder is not None and holder.switched_on and holder.active_name is not None
 
     @property
     def routers(self) -> list[Router] | None:

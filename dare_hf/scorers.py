@@ -221,7 +221,7 @@ class RouterScorer:
             DareStateError: The layer has no router.
         """
         holder = holder_of(layer)
-        router = None if holder is None else holder.router
+        router = None if holder is None else holder.active_router
         if router is None:
             raise DareStateError(
                 f"expected a router on layer {index}; its child module was taken off or replaced. "

@@ -16,7 +16,7 @@ from dare_hf.testing import tiny_model
 
 MODELS = ("llava", "chameleon")
 ROUNDING = 1e-5
-"""Two instances of one model differ by 5e-7: their weights lie at other addresses."""
+"""A frozen model and a trainable one differ by 5e-7, DARE or not: torch takes other kernels."""
 LEARNED: dict[str, Any] = {"scorer": "router", "schedule": "learned", "max_hops": 4}
 LORA: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "r": 2, "init_lora_weights": False}
 
@@ -54,7 +54,7 @@ def saved(folder_of, name: str = "llava", seed: int = 0, **fields: Any) -> str:
 
 
 class Run(NamedTuple):
-    """What a generate wrote, and its logits; equal up to the rounding of other memory layouts."""
+    """What a generate wrote, and its logits; equal up to rounding."""
 
     sequences: torch.Tensor
     logits: torch.Tensor

@@ -83,11 +83,11 @@ def test_transformers_own_calls_install_and_remove(folder):
     inputs = inputs_of(model)
     plain = warm(model, inputs)
     before = snapshot(model)
-    model.load_adapter(saved(folder), adapter_name="mine")
+    model.load_adapter(saved(folder), adapter_name="router")
     expected = tokens(adapted(tiny_model("llava")), inputs)
     assert tokens(model, inputs) == expected
     assert not any(p.requires_grad for p in model.parameters())
-    model.delete_adapter("mine")
+    model.delete_adapter("router")
     after = snapshot(model)
     for name in ("_hf_peft_config_loaded", "_weight_conversions"):  # HF's own notes
         before["modules"][""].pop(name, None)
@@ -241,7 +241,7 @@ def test_routers_move_with_the_model():
     )
 
 
-@pytest.mark.parametrize("options", [{"adapter_name": "renamed"}, {"low_cpu_mem_usage": True}])
+@pytest.mark.parametrize("options", [{"adapter_name": "router"}, {"low_cpu_mem_usage": True}])
 def test_from_pretrained_under_another_name_and_on_the_meta_device(folder, options):
     inputs = inputs_of(tiny_model("llava"))
     routed = tokens(adapted(tiny_model("llava")), inputs)

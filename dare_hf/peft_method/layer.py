@@ -30,7 +30,7 @@ class RouterLayer(RouterHolder, BaseTunerLayer):
         layer: The decoder layer it sits on; tells where adapters that are loaded go.
     """
 
-    adapter_layer_names = ("routers",)
+    adapter_layer_names = ("routers_by_name",)
     # peft reads these of a wrapped layer; here is none
     weight: Any = None
     bias: Any = None
@@ -40,17 +40,17 @@ class RouterLayer(RouterHolder, BaseTunerLayer):
         self._layer = (layer,)  # in a tuple, so that it is no child module
 
     @property
-    def routers(self) -> RouterLayer:
+    def routers_by_name(self) -> RouterLayer:
         """The routers by adapter name: this module itself."""
         return self
 
     @property
-    def active(self) -> str | None:
+    def active_name(self) -> str | None:
         """Name of the router adapter among peft's active ones, None where there is none."""
         return next((name for name in self.active_adapters if name in self), None)
 
     @property
-    def enabled(self) -> bool:
+    def switched_on(self) -> bool:
         """Whether peft's adapters are switched on."""
         return not self.disable_adapters
 

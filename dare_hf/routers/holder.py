@@ -20,23 +20,24 @@ class RouterHolder(nn.ModuleDict):
     """The routers of one decoder layer by adapter name.
 
     A child beside HF's own modules, so that `.to()`, device maps, `state_dict` and FSDP see it.
-    This one holds the single adapter that `apply_dare(model, folder)` has read.
+    This one holds the single adapter that `apply_dare(model, folder)` has read. Attributes have
+    names of two words: torch takes no child module, so no adapter, by the name of an attribute.
     """
 
     @property
-    def active(self) -> str | None:
+    def active_name(self) -> str | None:
         """Name of the adapter that routes now, None without one."""
         return next(iter(self.keys()), None)
 
     @property
-    def enabled(self) -> bool:
+    def switched_on(self) -> bool:
         """Whether the adapter is switched on."""
         return True
 
     @property
-    def router(self) -> Router | None:
+    def active_router(self) -> Router | None:
         """The active adapter's router."""
-        name = self.active
+        name = self.active_name
         return None if name is None else cast("Router", self[name])
 
 
@@ -47,7 +48,8 @@ def holder_of(layer: nn.Module) -> RouterHolder | None:
 
 def active_routers(layers: Iterable[nn.Module]) -> list[Router] | None:
     """The active adapter's router of each layer; None without one."""
-    routers = [holder.router if (holder := holder_of(layer)) else None for layer in layers]
+    holders = [holder_of(layer) for layer in layers]
+    routers = [None if holder is None else holder.active_router for holder in holders]
     return None if None in routers else cast("list[Router]", routers)
 
 
