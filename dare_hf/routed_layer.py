@@ -12,7 +12,7 @@ from dare_hf.attention import AttentionCall, push_queries, score_span
 from dare_hf.hop_mask import restrict
 from dare_hf.masks import gather_mask
 from dare_hf.plan import Plan, keep_all
-from dare_hf.simulation import simulated_forward
+from dare_hf.simulation import damped, simulated_forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,7 +50,7 @@ class LayerState:
         """The mask this layer's attention shall use; called by its attention function."""
         context = self._watched()
         if context is None or context.inner_hops is None or context.columns is None:
-            return call.mask
+            return damped(call.mask, tensors, call.scaling)
         with torch.no_grad():
             allowed = context.inner_hops.allowed(context, self.index, tensors, call.scaling)
             return restrict(call.mask, allowed, context.columns)

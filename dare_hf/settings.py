@@ -42,7 +42,8 @@ class Settings:
     def observes(self) -> bool:
         """Whether attention functions must be watched."""
         observed = self.config.resolved_hop_score == "observed"
-        return observed or self.scorer.needs_attention or self.rules.closes_hops
+        trains = self.config.scorer == "router" or self.config.learns_rates  # gradients of gates
+        return observed or trains or self.scorer.needs_attention or self.rules.closes_hops
 
     def layer_rates(self, layer: int) -> list[list[float]]:
         """[hops][text, vision] rates of one layer."""

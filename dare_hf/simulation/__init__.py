@@ -1,7 +1,8 @@
 """The training forward: all hops of a run simulated in one teacher-forced forward."""
 
+from dare_hf.simulation.damping import damped
 from dare_hf.simulation.layer import simulated_forward
 from dare_hf.simulation.opening import open_simulation
 from dare_hf.simulation.simulation import Simulation, SimulationRecord
 
-__all__ = ["Simulation", "SimulationRecord", "open_simulation", "simulated_forward"]
+__all__ = ["Simulation", "SimulationRecord", "damped", "open_simulation", "simulated_forward"]

@@ -8,6 +8,7 @@ import torch
 
 from dare_hf.errors import DareInputError, DareStateError
 from dare_hf.routing import gates
+from dare_hf.simulation.damping import mark_closed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from dare_hf.context import ForwardContext
     from dare_hf.routed_layer import LayerState
     from dare_hf.simulation.simulation import Route, Simulation
+
+# Log gates are 0 or the floor's; what is under this is closed.
+_CLOSED = -1.0
 
 
 def simulated_forward(
@@ -49,13 +53,16 @@ def simulated_forward(
     _check_dtype(hidden)
     route = simulation.route(layer, state.index, hidden)
     table = simulation.key_gates(state.index, route)
+    learns = simulation.learns(state.index)
     if table is not None:
         _check_checkpointing(layer)
         mask = _full_mask(simulation, state, kwargs.get("attention_mask"), hidden)
-        seen = _by_query(table, context.token_hop)[:, None]
-        kwargs = kwargs | {"attention_mask": mask + seen.to(hidden.device, hidden.dtype)}
+        seen = _by_query(table, context.token_hop)[:, None].to(hidden.device)
+        mask = mask + seen.to(hidden.dtype)
+        if learns:
+            mark_closed(mask, seen < _CLOSED)
+        kwargs = kwargs | {"attention_mask": mask}
     output = state.inner(hidden, **kwargs)
-    learns = simulation.learns(state.index)
     if isinstance(output, tuple):
         return (_update(simulation, route, hidden, output[0], learns), *output[1:])
     return _update(simulation, route, hidden, output, learns)
