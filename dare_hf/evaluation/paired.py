@@ -44,8 +44,8 @@ class Paired:
 
 
 def compare_paired(
-    a: Sequence[bool],
-    b: Sequence[bool],
+    a: Sequence[bool] | np.ndarray,
+    b: Sequence[bool] | np.ndarray,
     *,
     margin: float = 0.02,
     resamples: int = 10_000,
