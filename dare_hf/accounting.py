@@ -31,6 +31,8 @@ class LayerShape:
         qk_dim: Width of one query or key head.
         v_dim: Width of one value head.
         window: Tokens a sliding-window layer attends to, itself included; None for full attention.
+        latent: Elements the cache stores of a token where it holds the latents that keys and values
+            are made from; None where it holds keys and values.
     """
 
     linear_macs: int
@@ -39,6 +41,7 @@ class LayerShape:
     qk_dim: int
     v_dim: int
     window: int | None = None
+    latent: int | None = None
 
     @classmethod
     def of(cls, layer: nn.Module, config: Any) -> LayerShape:
@@ -64,6 +67,7 @@ class LayerShape:
             qk_dim=qk_dim,
             v_dim=v_dim,
             window=_window(attention, config),
+            latent=_latent(attention),
         )
 
     @property
@@ -73,6 +77,8 @@ class LayerShape:
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes one token's key and value take in this layer's cache."""
+        if self.latent is not None:
+            return self.latent * itemsize
         return kv_bytes_per_token(self.kv_heads, self.qk_dim, self.v_dim, itemsize)
 
     def unpruned_keys(self, queries: int, length: int) -> int:
@@ -214,9 +220,17 @@ def unpruned_kv_bytes(shapes: Sequence[LayerShape], lengths: Sequence[int], item
 
 def _attention(layer: nn.Module) -> nn.Module | None:
     for name, child in layer.named_children():
-        if ("attn" in name or "attention" in name) and any(child.children()):  # not a norm
+        named = "attn" in name or "attention" in name or hasattr(child, "k_proj")
+        if named and any(child.children()):  # not a norm
             return child
     return None
+
+
+def _latent(attention: Any) -> int | None:
+    """Multi-head latent attention stores latents and one rotated key for all heads."""
+    if not hasattr(attention, "expand_kv"):
+        return None
+    return attention.kv_lora_rank + attention.qk_rope_head_dim
 
 
 def _window(attention: Any, config: Any) -> int | None:

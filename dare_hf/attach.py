@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 
+from dare_hf.adapters import attention_of
 from dare_hf.attention import observed_name
 from dare_hf.controller import Controller
 from dare_hf.errors import DareStateError
@@ -131,11 +132,11 @@ def attach(target: Any, controller: Controller, undo: UndoRecord, owner: Owner) 
             index=index,
             inner=layer.forward,
             names=parameter_names(type(layer).forward),
-            causal=bool(getattr(layer.self_attn, "is_causal", True)),
+            causal=bool(getattr(attention_of(layer), "is_causal", True)),
             exempt=index in controller.exempt,
         )
         undo.set(layer, "_dare", layer_state)
-        undo.set(layer.self_attn, "_dare", layer_state)
+        undo.set(attention_of(layer), "_dare", layer_state)
         undo.set(layer, "forward", types.MethodType(routed_forward, layer))
     return state
 
@@ -155,7 +156,7 @@ def _exempt_layers(anatomy: Anatomy, implementation: str) -> frozenset[int]:
     """Sliding layers under flash attention: its window counts stored tokens, not logical ones."""
     if not is_flash(implementation):
         return frozenset()
-    windows = (getattr(layer.self_attn, "sliding_window", None) for layer in anatomy.layers)
+    windows = (getattr(attention_of(layer), "sliding_window", None) for layer in anatomy.layers)
     return frozenset(i for i, window in enumerate(windows) if window is not None)
 
 
@@ -163,7 +164,7 @@ def _attention_configs(target: Any, anatomy: Anatomy) -> list[Any]:
     """The config objects attention and masks of the text model are resolved from."""
     found = [anatomy.text_config, target.config.get_text_config()]
     found += [module.config.get_text_config() for module in anatomy.hooked]
-    found += [layer.self_attn.config for layer in anatomy.layers]
+    found += [attention_of(layer).config for layer in anatomy.layers]
     return list({id(config): config for config in found}.values())
 
 

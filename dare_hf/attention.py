@@ -19,10 +19,14 @@ from dare_hf.cache.ring import QueryRing
 from dare_hf.routing.scores import attention_scores
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor, nn
 
     from dare_hf.cache import DareLayer
     from dare_hf.context import ForwardContext
+
+    Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 PREFIX = "dare_"
 WINDOW = 32
@@ -170,17 +174,22 @@ def push_queries(slot: DareLayer, query: Tensor, columns: Tensor, scaling: float
     slot.ring = ring.pushed(query, columns.to(query.device).expand(query.shape[0], -1), RING)
 
 
-def observed_scores(slot: DareLayer, closed: Tensor, ends: list[int]) -> Tensor:
+def observed_scores(
+    slot: DareLayer, closed: Tensor, ends: list[int], expand: Expand | None = None
+) -> Tensor:
     """Float32[B, C]: stored keys of closed hops scored by the layer's query ring.
 
     Args:
         slot: The layer's cache; without a ring every score is 0.
         closed: Bool[B, C] stored columns that belong to closed hops.
         ends: Per row the last position of the hop that closed; later queries do not count.
+        expand: What makes keys and values of the latents that are stored; None where keys are.
     """
     ring, keys, values = slot.ring, slot.keys, slot.values
     if ring is None or keys is None or values is None:
         return torch.zeros(closed.shape, device=closed.device)
+    if expand is not None:
+        keys, values = expand(keys, values)
     return ring_scores(ring, (keys, values), slot.positions(), closed, ends)
 
 

@@ -132,6 +132,38 @@ def info(
 
 
 @app.command()
+def conformance(
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only this model_type; may be given again.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON line on stdout, all else on stderr.")
+    ] = False,
+) -> None:
+    """Hold every image-text-to-text architecture of transformers to the laws.
+
+    Builds a tiny random model of each, runs it with and without DARE and compares tokens, logits,
+    stored bytes and what is left after removal. Exit code 1 if a row fails.
+    """
+    with _one_line_errors():
+        from dare_hf.conformance import run_all
+
+        rows = []
+        for row in run_all(only, jobs=jobs):
+            rows.append(row)
+            line = f"{row.status:8} {row.model_type:24} {row.seconds:5.1f} s  {row.reason}"
+            typer.echo(line, err=as_json)
+        if as_json:
+            sys.stdout.write(json.dumps({"rows": [row.to_dict() for row in rows]}) + "\n")
+        else:
+            counts = {s: sum(row.status == s for row in rows) for s in ("pass", "refused", "fail")}
+            typer.echo(", ".join(f"{count} {status}" for status, count in counts.items()))
+        if any(row.status == "fail" for row in rows):
+            raise typer.Exit(1)
+
+
+@app.command()
 def bench(
     tokens: Annotated[int, typer.Option(min=20, help="Prompt tokens, 9 in 10 vision.")] = 640,
     pairs: Annotated[int, typer.Option(min=1, help="Interleaved pairs per series.")] = 9,

@@ -13,8 +13,11 @@ from dare_hf.hops import counters_of
 from dare_hf.routing.kinds import TEXT, VISION
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
+    from dare_hf.attention import Expand
     from dare_hf.cache import DareCache, DareLayer
     from dare_hf.config import DareConfig
     from dare_hf.routing.retention import RetentionTable
@@ -47,7 +50,12 @@ def due_rows(cache: DareCache) -> list[int]:
     return [served + 1 if hop > served else 0 for hop, served in pairs]
 
 
-def compact(cache: DareCache, config: DareConfig, table: RetentionTable) -> Compaction | None:
+def compact(
+    cache: DareCache,
+    config: DareConfig,
+    table: RetentionTable,
+    expanders: Sequence[Expand | None] | None = None,
+) -> Compaction | None:
     """Prune the stored tokens of closed hops in the rows whose hop has begun.
 
     What stays is `HopPruner`'s law; the memory of what goes is freed. Several hops that closed in
@@ -57,6 +65,8 @@ def compact(cache: DareCache, config: DareConfig, table: RetentionTable) -> Comp
         cache: The cache; its hop counters say which rows are due.
         config: Budgets, scores and the cap.
         table: Rates by hop, layer and modality.
+        expanders: For each layer what makes keys and values of the latents it stores, None where it
+            stores keys; None where all do.
 
     Returns:
         What the last hop that began left; None when no row was due.
@@ -67,12 +77,16 @@ def compact(cache: DareCache, config: DareConfig, table: RetentionTable) -> Comp
     while any(due := due_rows(cache)):
         state = counters_of(cache)
         state.compacted = [max(a, b) for a, b in zip(state.compacted, due, strict=True)]
-        done = _begin_hops(cache, config, table, due)
+        done = _begin_hops(cache, config, table, due, expanders)
     return done
 
 
 def _begin_hops(
-    cache: DareCache, config: DareConfig, table: RetentionTable, due: list[int]
+    cache: DareCache,
+    config: DareConfig,
+    table: RetentionTable,
+    due: list[int],
+    expanders: Sequence[Expand | None] | None,
 ) -> Compaction:
     pruner = HopPruner(cache.log, config, table, due)
     if max(due) == 1 and config.max_kv_tokens is None:
@@ -81,7 +95,8 @@ def _begin_hops(
     pairs = zip(state.ends, due, strict=True)
     ends = [row[hop - 1] if hop else -1 for row, hop in pairs]
     slots = [(i, slot) for i, slot in enumerate(cache.stored) if slot.rows]
-    keeps = [pruner.keep(i, _tokens(slot, config, ends)) for i, slot in slots]
+    expand = dict(enumerate(expanders or ()))
+    keeps = [pruner.keep(i, _tokens(slot, config, ends, expand.get(i))) for i, slot in slots]
     left = [
         pruner.counts_left(slot.positions(), keep)
         for (_, slot), keep in zip(slots, keeps, strict=True)
@@ -95,13 +110,15 @@ def _begin_hops(
     return Compaction(due, held, pruner.totals())
 
 
-def _tokens(slot: DareLayer, config: DareConfig, ends: list[int]) -> StoredTokens:
+def _tokens(
+    slot: DareLayer, config: DareConfig, ends: list[int], expand: Expand | None
+) -> StoredTokens:
     """The layer's stored tokens; under "observed" its ring scores them anew."""
     if config.resolved_hop_score != "observed" or slot.ring is None:
         return StoredTokens(slot.positions(), slot.scores())
 
     def observed(closed: Tensor) -> Tensor:
-        scores = renewed(slot.scores(), observed_scores(slot, closed, ends), closed)
+        scores = renewed(slot.scores(), observed_scores(slot, closed, ends, expand), closed)
         slot.set_scores(scores)
         return scores
 

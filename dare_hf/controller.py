@@ -12,6 +12,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dare_hf.accounting import shapes_of
+from dare_hf.adapters import attention_of
 from dare_hf.cache import DareCache, TokenLog
 from dare_hf.compaction import compact
 from dare_hf.errors import DareInputError, DareStateError
@@ -102,6 +103,8 @@ class Controller:
                 "self-attention) run every token; rates, FLOPs and bytes are those of the others"
             )
         self.token_kwargs = dict(anatomy.spec.token_kwargs)
+        found = [getattr(attention_of(m), "expand_kv", None) for m in anatomy.layers]
+        self._expanders = found if any(found) else None
         self._local = _Local()
         self._recompute: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -228,7 +231,7 @@ class Controller:
         context = open_context(taught, cache, self.rules, call)
         recorder = self._recorder(cache, call)
         if cache is not None:
-            recorder.note_compaction(compact(cache, self.config, self.table))
+            recorder.note_compaction(compact(cache, self.config, self.table, self._expanders))
             cache.begin()
         if InnerHops.inside(context, self.config):
             log = cache.log if cache is not None else TokenLog()
@@ -303,7 +306,7 @@ class Controller:
         capped = self.config.max_kv_tokens is not None
         ended = context.span_ends is not None and not any(context.sampled)
         if capped and cache is not None and ended:
-            recorder.note_compaction(compact(cache, self.config, self.table))
+            recorder.note_compaction(compact(cache, self.config, self.table, self._expanders))
         context.cache = None
         if not self._local.calls:
             recorder.builder.seconds(time.perf_counter() - entry.started)

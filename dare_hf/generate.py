@@ -15,9 +15,10 @@ from dare_hf.context import GenerationCall
 from dare_hf.controller import check_cache
 from dare_hf.errors import DareInputError, DareStateError
 from dare_hf.modality import check_mask
+from dare_hf.routing.selection import isin_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -90,6 +91,8 @@ def routed_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     config = given.get("generation_config")
     kwargs = _with_cache(model, kwargs, config)
     mask = kwargs.pop("modality_mask", None)
+    if mask is None and controller.anatomy.spec.generates_inside:
+        mask = _placeholders(given, controller.rules.vision_ids)
     call = _call(given, kwargs.get("past_key_values"), mask)
     call.continues = _continues(model, given, config)
     if loop is not None:
@@ -152,3 +155,9 @@ def _call(given: dict[str, Any], cache: DareCache | None, mask: Tensor | None) -
     if mask is not None:
         check_mask(mask, 1 if ids is None else ids.shape[0], length - start, start)
     return GenerationCall(prompt_length=length, start=start, modality_mask=mask)
+
+
+def _placeholders(given: dict[str, Any], vision_ids: Sequence[int]) -> Tensor | None:
+    """Bool[B, S]: where the prompt's ids stand for vision; the text model sees embeddings only."""
+    ids = given.get("input_ids")
+    return None if ids is None else isin_ids(ids, vision_ids)

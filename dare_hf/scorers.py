@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from dare_hf.adapters import attention_of
 from dare_hf.errors import DareConfigError, DareInputError, DareStateError
 from dare_hf.routers.holder import holder_of
 from dare_hf.routing.retention import UNSCORED_LAYERS
@@ -171,9 +172,23 @@ class KeyNormScorer:
         """Float32[B, S] from the layer's own key projection, before RoPE."""
         norm, projection = self.key_path
         normed = layer.get_submodule(norm)(hidden) if norm else hidden
+        attention: Any = attention_of(layer)
+        if hasattr(attention, "expand_kv"):
+            return key_norm_scores(_latent_keys(attention, normed))
+        if hasattr(attention, "query_key_value"):  # one matrix for all three
+            _, keys, _ = attention._split_heads(attention.query_key_value(normed))
+            return key_norm_scores(keys.transpose(1, 2))
         keys = layer.get_submodule(projection)(normed)
         heads = keys.shape[-1] // _head_dim(layer)
         return key_norm_scores(keys.unflatten(-1, (heads, -1)).transpose(1, 2))
+
+
+def _latent_keys(attention: Any, normed: Tensor) -> Tensor:
+    """[B, H, S, d] keys of multi-head latent attention, not yet rotated: norms are the same."""
+    widths = [attention.kv_lora_rank, attention.qk_rope_head_dim]
+    latent, turned = attention.kv_a_proj_with_mqa(normed).split(widths, dim=-1)
+    latent = attention.kv_a_layernorm(latent)
+    return attention.expand_kv(latent[:, None], turned[:, None])[0]
 
 
 @dataclass(frozen=True)
@@ -232,6 +247,6 @@ class RouterScorer:
 
 
 def _head_dim(layer: Any) -> int:
-    attention = layer.self_attn
+    attention: Any = attention_of(layer)
     head_dim = getattr(attention, "head_dim", None)
     return head_dim or attention.config.hidden_size // attention.config.num_attention_heads

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dare_hf.adapters.spec import ModelSpec
 
 _TEXT_MODEL = "model.text_model.layers"
@@ -11,13 +13,23 @@ _MROPE = "multimodal RoPE: kept tokens keep their 3-D positions"
 _DEEPSTACK = f"{_MROPE}; deepstack features reach every layer at full size"
 _SLIDING = "sliding-window layers, windows over logical positions"
 
-_HYBRID = "linear-attention layers run every token, attention layers are routed"
+_HYBRID = "linear-attention layers run every token"
+_ATTENTION = "the self-attention layers"
+_TEXT_ONLY = "text in the self-attention layers; images are no tokens there"
 _LINEAR = ("linear_attn",)
 _CONV = ("conv",)
+_CONVOLUTION = "convolution layers run every token"
 
+_OPT: dict[str, Any] = {
+    "layers": "language_model.model.decoder.layers",
+    "pre_attention_norm": "self_attn_layer_norm",
+    "generates_inside": True,
+    "note": "with a decoder-only text model (OPT)",
+}
 SUPPORTED: tuple[ModelSpec, ...] = (
     ModelSpec("aria", note=_MOE),
     ModelSpec("aya_vision", note=_SLIDING),
+    ModelSpec("blip-2", **_OPT),
     ModelSpec(
         "chameleon",
         layers=_PLAIN,
@@ -36,92 +48,138 @@ SUPPORTED: tuple[ModelSpec, ...] = (
         "ernie4_5_vl_moe", token_kwargs=(("moe_mm_token_type_ids", -1),), note=f"{_MROPE}; {_MOE}"
     ),
     ModelSpec("exaone4_5", pre_attention_norm=None, note=_SLIDING),
-    ModelSpec("fast_vlm", note="a convolutional tower (timm)"),
-    ModelSpec("fuyu", key_projection="self_attn.query_key_value", note="patches without a tower"),
+    ModelSpec("fast_vlm", note="held to the laws on random features: its tower needs timm"),
+    ModelSpec("fuyu", note="patches without a tower"),
     ModelSpec("gemma3", note="sliding-window layers, bidirectional image blocks"),
-    ModelSpec("gemma4", token_kwargs=(("per_layer_input", -2),), note="per-layer inputs"),
-    ModelSpec("gemma4_unified", note="images without a tower"),
+    ModelSpec(
+        "gemma4",
+        token_kwargs=(("per_layer_input", -2),),
+        note="per-layer inputs; refused where layers share keys (num_kv_shared_layers > 0)",
+    ),
+    ModelSpec("gemma4_unified", note="images without a tower; refused where layers share keys"),
     ModelSpec("glm46v", note=_MROPE),
     ModelSpec("glm4v", note=_MROPE),
     ModelSpec("glm4v_moe", note=f"{_MROPE}; {_MOE}"),
     ModelSpec("glm_ocr", note=_MROPE),
     ModelSpec("glmga", note=_MROPE),
-    ModelSpec("got_ocr2", note=""),
+    ModelSpec("got_ocr2", note="SAM tower"),
     ModelSpec("granite4_vision", note="deepstack features at full size"),
     ModelSpec("granite_docling", layers=_TEXT_MODEL, note="deepstack features at full size"),
     ModelSpec("hunyuan_vl", note=_MROPE),
-    ModelSpec("hyperclovax_vision_v2"),
-    ModelSpec("idefics2", layers=_TEXT_MODEL),
-    ModelSpec("idefics3", layers=_TEXT_MODEL),
-    ModelSpec("internvl"),
+    ModelSpec("hyperclovax_vision_v2", note="Qwen2.5-VL tower"),
+    ModelSpec(
+        "idefics",
+        layers=_PLAIN,
+        pruned=_TEXT_ONLY,
+        note="gated cross-attention blocks, which see the image, run every token",
+    ),
+    ModelSpec("idefics2", layers=_TEXT_MODEL, note="perceiver: few tokens an image"),
+    ModelSpec("idefics3", layers=_TEXT_MODEL, note="image tiles"),
+    ModelSpec("instructblip", **_OPT),
+    ModelSpec("instructblipvideo", **_OPT),
+    ModelSpec("internvl", note="pixel shuffle before the projector"),
     ModelSpec("janus", note="understanding; drawing is not routed"),
-    ModelSpec("kimi_k25", key_projection="self_attn.kv_b_proj", note=f"latent attention; {_MOE}"),
+    ModelSpec("kimi_k25", note=f"latent attention; {_MOE}"),
     ModelSpec(
         "lfm2_vl",
         pre_attention_norm="operator_norm",
         unrouted=_CONV,
-        note="convolution layers run every token",
+        pruned=_ATTENTION,
+        note=_CONVOLUTION,
     ),
     ModelSpec(
         "lfm3_vl",
         pre_attention_norm="operator_norm",
         unrouted=_CONV,
-        note="convolution layers run every token",
+        pruned=_ATTENTION,
+        note=_CONVOLUTION,
     ),
-    ModelSpec("lighton_ocr"),
+    ModelSpec("lighton_ocr", note="Pixtral tower"),
     ModelSpec("llama4", layers="language_model.model.layers", note=_MOE),
     ModelSpec("llava", note="any Llama-like text model behind the projector"),
-    ModelSpec("llava_next"),
-    ModelSpec("llava_next_video"),
-    ModelSpec("llava_onevision"),
+    ModelSpec("llava_next", note="image tiles and newlines are vision"),
+    ModelSpec("llava_next_video", note="image tiles and newlines are vision"),
+    ModelSpec("llava_onevision", note="image tiles and newlines are vision"),
     ModelSpec("minimax_m3_vl", note=_MOE),
-    ModelSpec("minicpm_ocr", unrouted=_LINEAR, note=_HYBRID),
-    ModelSpec("minicpmv4_6", unrouted=_LINEAR, note=_HYBRID),
-    ModelSpec("minicpmv4_7", unrouted=_LINEAR, note=_HYBRID),
-    ModelSpec("mistral3"),
-    ModelSpec("mistral4", layers=_PLAIN, key_projection="self_attn.kv_b_proj", note="text only"),
+    ModelSpec("minicpm_ocr", unrouted=_LINEAR, pruned=_ATTENTION, note=_HYBRID),
+    ModelSpec("minicpmv4_6", unrouted=_LINEAR, pruned=_ATTENTION, note=_HYBRID),
+    ModelSpec("minicpmv4_7", unrouted=_LINEAR, pruned=_ATTENTION, note=_HYBRID),
+    ModelSpec("mistral3", note="Pixtral tower"),
+    ModelSpec("mistral4", layers=_PLAIN, note="text only"),
     ModelSpec(
         "mllama",
         unrouted=("cross_attn",),
-        note="images stay in the cross-attention layers; text is routed",
+        pruned=_TEXT_ONLY,
+        note="cross-attention layers, which see the image, run every token",
     ),
-    ModelSpec("molmo2"),
+    ModelSpec("molmo2", note="pooled patches"),
     ModelSpec("muse_glimmer", note=_SLIDING),
     ModelSpec("muse_spark", note=_SLIDING),
-    ModelSpec("ovis2"),
+    ModelSpec(
+        "nemotron_h_omni",
+        layers="language_model.model.layers",
+        pre_attention_norm="norm",
+        key_projection="mixer.k_proj",
+        unrouted=("mixer.conv1d", "mixer.experts", "mixer.up_proj"),
+        pruned=_ATTENTION,
+        note="Mamba, expert and MLP layers run every token",
+    ),
+    ModelSpec("ovis2", note="visual words; indicator tokens count as text"),
     ModelSpec("paddleocr_vl", note=_MROPE),
     ModelSpec("paligemma", type_ids=(), note="the prompt sees itself in both directions"),
-    ModelSpec("perception_lm", note="a timm tower"),
-    ModelSpec("pp_chart2table"),
-    ModelSpec("qianfan_ocr"),
+    ModelSpec("perception_lm", note="held to the laws on random features: its tower needs timm"),
+    ModelSpec("pp_chart2table", note="SAM tower"),
+    ModelSpec("qianfan_ocr", note="pixel shuffle before the projector"),
     ModelSpec("qwen2_5_omni_thinker", note=_MROPE),
     ModelSpec("qwen2_5_vl", note="multimodal RoPE; images and videos"),
     ModelSpec("qwen2_vl", note=_MROPE),
-    ModelSpec("qwen3_5", unrouted=_LINEAR, note=f"{_MROPE}; {_HYBRID}"),
-    ModelSpec("qwen3_5_moe", unrouted=_LINEAR, note=f"{_MROPE}; {_HYBRID}; {_MOE}"),
+    ModelSpec("qwen3_5", unrouted=_LINEAR, pruned=_ATTENTION, note=f"{_MROPE}; {_HYBRID}"),
+    ModelSpec(
+        "qwen3_5_moe", unrouted=_LINEAR, pruned=_ATTENTION, note=f"{_MROPE}; {_HYBRID}; {_MOE}"
+    ),
     ModelSpec("qwen3_omni_moe_thinker", note=f"{_DEEPSTACK}; {_MOE}"),
     ModelSpec("qwen3_vl", note=_DEEPSTACK),
     ModelSpec("qwen3_vl_moe", note=f"{_DEEPSTACK}; {_MOE}"),
     ModelSpec("shieldgemma2", note="as gemma3"),
-    ModelSpec("smolvlm", layers=_TEXT_MODEL),
+    ModelSpec("smolvlm", layers=_TEXT_MODEL, note="image tiles"),
     ModelSpec("step3p7", note=_SLIDING),
-    ModelSpec("video_llama_3"),
-    ModelSpec("video_llava"),
-    ModelSpec("vipllava"),
+    ModelSpec("video_llama_3", note="any resolution"),
+    ModelSpec("video_llava", note="images and videos"),
+    ModelSpec("vipllava", note="features of several tower layers"),
 )
 
-_CROSS = "an encoder-decoder: the decoder sees the image through cross-attention"
-_INDEXER = "a learned indexer picks the keys of each query, and its own cache cannot hold gaps"
+_CROSS = "its decoder sees the image through cross-attention from an encoder"
+_POSITIONS = (
+    "while it generates, its positions count padding, so that a row of a padded batch differs from "
+    "the row alone even without DARE, and no batch can be held to the laws"
+)
+_INDEXER = (
+    "a learned indexer picks the keys of each query, and its cache of index keys cannot have gaps"
+)
+_SHORT_CONVOLUTION = (
+    "every layer mixes neighbouring tokens by short convolutions, which a pruned token would shift"
+)
 REFUSED: dict[str, str] = {
-    "blip": f"{_CROSS} only, there are no vision tokens to prune",
-    "florence2": f"{_CROSS} only, there are no vision tokens to prune",
+    "blip": _CROSS,
+    "diffusion_gemma": "it rewrites a whole canvas by diffusion instead of decoding tokens",
+    "dots3_note": _INDEXER,
+    "evolla": "it reads proteins and no images, through cross-attention adapters in its layers",
+    "florence2": _CROSS,
+    "gemma3n": "its layers run on four streams of hidden states (AltUp), not on one",
+    "git": "its vision tokens are joined in front of the text inside its forward, without ids",
+    "glm5_next": _INDEXER,
+    "inkling2": _SHORT_CONVOLUTION,
+    "inkling_mm_model": _SHORT_CONVOLUTION,
+    "kosmos-2": _POSITIONS,
+    "kosmos-2.5": _POSITIONS,
+    "mistral_large4": _INDEXER,
+    "pi0": "it generates robot actions by flow matching and no tokens",
     "pix2struct": _CROSS,
-    "udop": _CROSS,
-    "t5gemma2": _CROSS,
     "pp_formulanet": _CROSS,
+    "qwen4_exp": _INDEXER,
+    "t5gemma2": _CROSS,
+    "udop": _CROSS,
+    "unlimited_ocr": "its layers keep a cache of their own, a ring over generated tokens",
     "vision-encoder-decoder": _CROSS,
-    "evolla": "a protein model: it sees no images, and every layer has a cross-attention adapter",
-    "git": "its generate passes no vision tokens by id, they are joined in front of the text",
-    "diffusion_gemma": "a diffusion model: it rewrites a whole canvas instead of decoding tokens",
-    "pi0": "a flow model of robot actions: it generates no tokens",
 }
+"""model_type -> why it cannot be routed."""

@@ -50,8 +50,8 @@ def find_spec(model_type: str | None) -> ModelSpec:
     """
     if model_type in REFUSED:
         raise UnsupportedModelError(
-            f"expected a decoder-only vision-language model; {model_type!r} is "
-            f"{REFUSED[model_type]}: see {SUPPORT_PAGE}"
+            f"expected a vision-language model whose layers can leave out tokens; {model_type!r} "
+            f"cannot be routed: {REFUSED[model_type]}. See {SUPPORT_PAGE}"
         )
     spec = SPECS.get(model_type or "")
     if spec is None:
@@ -92,7 +92,20 @@ def locate(model: nn.Module) -> Anatomy:
 
 def _without_attention(layer: nn.Module, spec: ModelSpec) -> bool:
     """Whether a layer is of a kind that is known to have no self-attention to route."""
-    return not hasattr(layer, "self_attn") and any(hasattr(layer, n) for n in spec.unrouted)
+    if hasattr(layer, "self_attn"):
+        return False
+    return any(_has(layer, path) for path in spec.unrouted)
+
+
+def _has(layer: nn.Module, path: str) -> bool:
+    """Whether `layer` has a module at a dotted path."""
+    return any(name == path for name, _ in layer.named_modules())
+
+
+def attention_of(layer: nn.Module) -> nn.Module:
+    """The self-attention of a decoder layer."""
+    found: Any = getattr(layer, "self_attn", None) or getattr(layer, "mixer", None)
+    return found
 
 
 def _check_layers(layers: tuple[nn.Module, ...], text_config: Any) -> tuple[int, ...]:
@@ -103,7 +116,7 @@ def _check_layers(layers: tuple[nn.Module, ...], text_config: Any) -> tuple[int,
     """
     slots = []
     for layer in layers:
-        slot = getattr(getattr(layer, "self_attn", None), "layer_idx", None)
+        slot = getattr(attention_of(layer), "layer_idx", None)
         if slot is None:
             raise UnsupportedModelError(
                 f"expected decoder layers with self-attention that know their index; "

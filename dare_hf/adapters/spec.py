@@ -17,10 +17,13 @@ class ModelSpec:
         key_projection: Dotted path from a layer to the linear that makes keys.
         token_kwargs: Further per-token keyword arguments of a layer, name -> dimension that
             counts tokens (hidden states, masks and positions are known to the generic path).
-        unrouted: Names of the modules that mark a layer without self-attention, which every token
-            runs: linear attention, convolution, cross-attention.
+        unrouted: Paths of modules that mark a layer without self-attention, which every token
+            runs: linear attention, convolution, cross-attention, experts of their own.
+        generates_inside: Its generate embeds the prompt and calls the text model's own generate,
+            which sees no placeholder ids.
         type_ids: Names of the arguments whose values 1 and 2 mark image and video tokens.
         vocabulary_images: Images are ids of the text vocabulary (`config.vocabulary_map`).
+        pruned: What is pruned, for the documentation.
         note: One sentence for the documentation.
     """
 
@@ -30,6 +33,8 @@ class ModelSpec:
     key_projection: str = "self_attn.k_proj"
     token_kwargs: tuple[tuple[str, int], ...] = ()
     unrouted: tuple[str, ...] = ()
+    generates_inside: bool = False
     type_ids: tuple[str, ...] = ("mm_token_type_ids", "token_type_ids")
     vocabulary_images: bool = False
+    pruned: str = "all decoder layers"
     note: str = ""

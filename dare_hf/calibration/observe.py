@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dare_hf.adapters import attention_of
 from dare_hf.attention import AttentionCall, observed_name, visible_keys
 from dare_hf.routing.kinds import TEXT, VISION
 from dare_hf.routing.scores import attention_scores
@@ -144,7 +145,7 @@ def watching(anatomy: Anatomy, tokens: Tokens) -> Iterator[list[Seen]]:
         for config in _configs(anatomy):
             undo.set(config, "_attn_implementation_internal", _twin(config))
         for layer, watcher in zip(anatomy.layers, watchers, strict=True):
-            undo.set(layer.self_attn, "_dare", watcher)
+            undo.set(attention_of(layer), "_dare", watcher)
             undo.hook(layer.register_forward_pre_hook(_keep_input(watcher), with_kwargs=True))
         yield [watcher.seen for watcher in watchers]
     finally:
@@ -157,7 +158,7 @@ def _twin(config: Any) -> str:
 
 
 def _configs(anatomy: Anatomy) -> Sequence[Any]:
-    found = [anatomy.text_config, *(layer.self_attn.config for layer in anatomy.layers)]
+    found = [anatomy.text_config, *(attention_of(layer).config for layer in anatomy.layers)]
     found += [module.config.get_text_config() for module in anatomy.hooked]
     return list({id(config): config for config in found}.values())
 

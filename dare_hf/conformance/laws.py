@@ -198,7 +198,9 @@ def attention_scores(subject: Subject) -> None:
     layers = len(decoder_layers(subject.model))
     batch = subject.batches["padded"]
     for config in (
-        DareConfig(scorer="attention", schedule="constant", text_retention=0.9),
+        DareConfig(
+            scorer="attention", schedule="constant", text_retention=0.9, decode_window=HOP_WINDOW
+        ),
         DareConfig.preset("safe"),
     ):
         what = f"law 2, attention scores, {config.schedule}"
@@ -206,6 +208,8 @@ def attention_scores(subject: Subject) -> None:
         with subject.dare(config):
             logits = subject.forward(batch, past_key_values=cache, use_cache=True)
             subject.generate(batch)
+            report = last_report(subject.model)
+        hold(report.kv_bytes_predicted == report.kv_bytes, f"{what}: other bytes than predicted")
         keep = [_stored(cache, layer, batch.real) for layer in range(layers)]
         if (batch.modality == 1).any():
             hold(not all(mask.equal(batch.real) for mask in keep), f"{what}: prunes nothing")
@@ -251,7 +255,7 @@ def snapshot(model: PreTrainedModel) -> dict[str, Any]:
                 continue
             same = [(n, id(e)) for n, e in value.items()] if isinstance(value, dict) else id(value)
             found[f"{name}.{key}"] = same
-        if hasattr(module, "config"):
+        if hasattr(getattr(module, "config", None), "_attn_implementation"):
             found[f"{name} attention"] = module.config._attn_implementation
     for name in ("config", "generation_config"):
         found[name] = copy.deepcopy(vars(getattr(model, name)))

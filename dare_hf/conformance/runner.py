@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
+import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from dare_hf.adapters import find_spec
@@ -14,7 +16,7 @@ from dare_hf.conformance.subject import Subject
 from dare_hf.errors import DareInputError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,11 @@ class Row:
 
     def to_dict(self) -> dict[str, str]:
         """The row as `dare-hf conformance --json` prints it."""
-        row = asdict(self)
         return {
-            "model_type": row["model_type"],
-            "class": row["name"],
-            "status": row["status"],
-            "reason": row["reason"],
+            "model_type": self.model_type,
+            "class": self.name,
+            "status": self.status,
+            "reason": self.reason,
         }
 
 
@@ -57,22 +58,45 @@ def run_row(model_type: str) -> Row:
     Raises:
         DareInputError: transformers has no such image-text-to-text architecture.
     """
+    _check_name(model_type)
     names = architectures()
-    if model_type not in names:
-        raise DareInputError(
-            f"expected an image-text-to-text architecture of transformers ({', '.join(names)}); "
-            f"got {model_type!r}"
-        )
     started = time.perf_counter()
     status, reason = _verdict(model_type)
     seconds = time.perf_counter() - started
     return Row(model_type, names[model_type], status, reason, seconds)
 
 
-def run_all() -> Iterator[Row]:
-    """Every row, in the mapping's order, as it is done."""
-    for model_type in architectures():
-        yield run_row(model_type)
+def run_all(only: Iterable[str] | None = None, *, jobs: int = 1) -> Iterator[Row]:
+    """The rows in the mapping's order, each as it is done.
+
+    Args:
+        only: model_types to run; None for every one.
+        jobs: Processes that share the rows.
+
+    Raises:
+        DareInputError: transformers has no such image-text-to-text architecture.
+    """
+    names = list(only or architectures())
+    for name in names:
+        _check_name(name)
+    if jobs == 1:
+        yield from map(run_row, names)
+        return
+    with get_context("spawn").Pool(jobs, _one_thread) as pool:
+        yield from pool.imap(run_row, names)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _check_name(model_type: str) -> None:
+    names = architectures()
+    if model_type not in names:
+        raise DareInputError(
+            f"expected an image-text-to-text architecture of transformers ({', '.join(names)}); "
+            f"got {model_type!r}"
+        )
 
 
 def _verdict(model_type: str) -> tuple[str, str]:

@@ -127,7 +127,7 @@ class Subject:
     @property
     def vocabulary(self) -> int:
         """Rows of the language-model head."""
-        return self.model.get_output_embeddings().weight.shape[0]
+        return self.model.config.get_text_config().vocab_size
 
     def written(self, batch: Batch, sequences: Tensor) -> tuple[dict[str, Any], Tensor]:
         """Inputs of one forward over a prompt and what was written after it, and its modality."""
@@ -137,13 +137,19 @@ class Subject:
             if isinstance(value, torch.Tensor) and value.shape == batch.modality.shape:
                 filler = 1 if name in ("attention_mask", *batch.suffix) else 0
                 inputs[name] = torch.nn.functional.pad(value, (0, new), value=filler)
+        family = family_of(self.model.config.model_type)
+        for name in family.watched:
+            last = inputs[name][:, -1:]
+            inputs[name] = torch.cat([inputs[name], *[last] * new], dim=1)
+        modality = torch.nn.functional.pad(batch.modality, (0, new), value=0)
         inputs["input_ids"] = sequences
+        if not family.positions:
+            return inputs, modality
         inputs["position_ids"] = self.model._prepare_position_ids_for_generation(sequences, inputs)
         del inputs["input_ids"]
         prepared = self.model.prepare_inputs_for_generation(
             sequences, is_first_iteration=True, use_cache=False, **inputs
         )
-        modality = torch.nn.functional.pad(batch.modality, (0, new), value=0)
         given = {k: v for k, v in prepared.items() if v is not None and k != "use_cache"}
         return given, modality
 

@@ -11,6 +11,7 @@ from transformers import GenerationMixin
 from transformers.generation import StoppingCriteriaList, StopStringCriteria
 from transformers.utils import logging
 
+from dare_hf.adapters import attention_of
 from dare_hf.errors import DareConfigError, DareInputError, DareStateError
 from dare_hf.generate import offered_loop
 from dare_hf.generation.hop_decode import Decoding
@@ -170,7 +171,7 @@ class _Host:
         controller = model._dare.controller
         self.vision_ids = controller.rules.vision_ids
         layers = controller.anatomy.layers
-        self.slides = any(getattr(m.self_attn, "sliding_window", None) for m in layers)
+        self.slides = any(getattr(attention_of(m), "sliding_window", None) for m in layers)
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.reader = HopInputReader(model, processor)
         self._pictures: dict[int, list[Any]] = {}

@@ -9,6 +9,7 @@ Source: docs/method.md, section 4.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dare_hf.adapters import locate
+from dare_hf.adapters import attention_of, locate
 from dare_hf.routing import reference
 from dare_hf.testing.models import CHAMELEON_TEXT_IDS, IMAGE_ID
 
@@ -120,9 +121,11 @@ def masked_layers(
         columns = keep[:, None, :].expand(-1, keep.shape[1], -1)
         if visible is not None:
             columns = columns & visible[index]
-        causal = getattr(layer.self_attn, "is_causal", True)
+        causal = getattr(attention_of(layer), "is_causal", True)
+        names = list(inspect.signature(type(layer).forward).parameters)[2:]
+        kwargs = {**kwargs, **dict(zip(names, args[1:], strict=False))}
         mask = _blocked(kwargs.get("attention_mask"), columns, causal)
-        return args, {**kwargs, "attention_mask": mask}
+        return args[:1], {**kwargs, "attention_mask": mask}
 
     def after(layer: nn.Module, args: tuple, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output

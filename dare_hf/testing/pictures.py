@@ -159,6 +159,38 @@ def pooled(model: PreTrainedModel, number: int, generator: torch.Generator) -> P
     }
 
 
+def asked(frames: tuple[int, ...]) -> Draw:
+    """[1, *frames, 3, side, side] and the ids of a question for the query former."""
+
+    def draw(model: PreTrainedModel, number: int, generator: torch.Generator) -> Picture:
+        side = _side(model)
+        return {
+            "pixel_values": _noise(model, generator, 1, *frames, 3, side, side),
+            "qformer_input_ids": torch.randint(10, 80, (1, 4), generator=generator),
+            "qformer_attention_mask": torch.ones(1, 4, dtype=torch.long),
+        }
+
+    return draw
+
+
+def ratio_tiles(model: PreTrainedModel, number: int, generator: torch.Generator) -> Picture:
+    """One image of up to four tiles, [1, 1, 4, 3, side, side], and its aspect ratio."""
+    side = _side(model)
+    return {
+        "pixel_values": _noise(model, generator, 1, 1, 4, 3, side, side),
+        "aspect_ratio_ids": torch.tensor([[6]]),
+        "aspect_ratio_mask": torch.ones(1, 1, 4, dtype=torch.long),
+    }
+
+
+def marked_patches(model: PreTrainedModel, number: int, generator: torch.Generator) -> Picture:
+    """[1, 36, 2 + 3 side side]: each patch with its row and column, counted from 1."""
+    place = torch.arange(36)
+    at = torch.stack([place // 6 + 1, place % 6 + 1], dim=-1)[None].to(model.dtype)
+    flat = _noise(model, generator, 1, 36, _vision(model).patch_embed_hidden_size)
+    return {"flattened_patches": torch.cat([at, flat], dim=-1)}
+
+
 def line(tokens: int, flat: int) -> Draw:
     """Flat patches [1, tokens, flat] of an image that is no grid."""
 

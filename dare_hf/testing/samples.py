@@ -96,11 +96,13 @@ def samples(
     Args:
         model: A tiny model of :func:`dare_hf.testing.shrink.shrunk_model`.
         images: Pictures of each prompt.
-        text: Words of each prompt.
+        text: Words of each prompt; more for later ones where all have the same pictures.
         seed: Seed of words and pixels.
     """
     family = family_of(model.config.model_type)
-    return [_sample(model, family, index, n, text, seed) for index, n in enumerate(images)]
+    words = [text + (3 * i if len(set(images)) == 1 else 0) for i in range(len(images))]
+    pairs = enumerate(zip(images, words, strict=True))
+    return [_sample(model, family, index, n, length, seed) for index, (n, length) in pairs]
 
 
 def _sample(
@@ -112,6 +114,8 @@ def _sample(
     for number in range(count if family.sees else 0):
         picture, tokens = _picture(model, family, index + number, generator)
         made.pictures.append(picture)
+        if not tokens:
+            continue
         made.ids += [IMAGE_START_ID, *[IMAGE_ID] * tokens, IMAGE_END_ID, words[2 + number]]
         made.vision += [0, *[1] * tokens, 0, 0]
     rest = words[2 + count :]
@@ -128,6 +132,8 @@ def _picture(
         features = torch.randn(_GIVEN_FEATURES, hidden, generator=generator).to(model.dtype)
         return {"features": features}, _GIVEN_FEATURES
     picture = family.picture(model, number, generator)
+    if family.tokens is not None:
+        return picture, family.tokens
     features = _rows_of_features(encode(model, picture), hidden)
     if family.encoded:
         grids = {name: picture[name] for name in picture if name.endswith("_thw")}
@@ -156,6 +162,8 @@ def batch_of(model: PreTrainedModel, rows: Sequence[Sample], *, pad_to: int | No
     for name in family.type_ids:
         if name in names:
             inputs[name] = types
+    for name, shape in family.watched.items():
+        inputs[name] = torch.ones(*ids.shape, *shape, dtype=torch.long)
     for name in family.zeros:
         inputs[name] = torch.zeros_like(ids)
     return Batch(inputs | _pixels(model, family, rows), modality, family.zeros)

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 AUDIO_ID = 7
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 32, 4, 2, 8, 4
 _EXPERTS, _CHOSEN, _WINDOW = 4, 2, 12
-_STD = 0.24  # smaller weights print one token for ever
 
 _TEXT: dict[str, Any] = {
     "vocab_size": 120,
@@ -143,9 +142,11 @@ def shrunk_model(model_type: str, *, dtype: torch.dtype | None = None) -> PreTra
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = kind._from_config(config, dtype=torch.float32)
-    sharpen(model, _STD, torch.Generator().manual_seed(0))
-    model.generation_config.pad_token_id = PAD_ID
-    model.generation_config.eos_token_id = None
+    sharpen(model, family_of(model_type).std, torch.Generator().manual_seed(0))
+    for part in model.modules():  # some call the generate of their text model
+        if getattr(part, "generation_config", None) is not None:
+            part.generation_config.pad_token_id = PAD_ID
+            part.generation_config.eos_token_id = None
     return model.to(dtype or torch.float32).eval()
 
 
