@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dare_hf.routers.holder import active_routers, holder_of
+from dare_hf.errors import AdapterMismatchError
+from dare_hf.routers.holder import NAME, active_routers, holder_of
 from dare_hf.routing.retention import learned_table
 
 if TYPE_CHECKING:
@@ -28,11 +29,14 @@ class ActiveAdapter:
 
     Attributes:
         settings: What each adapter's configuration means on this model, by adapter name.
+        awaiting: Adapters whose weights a file is to bring: each router's fresh weight and its
+            version, by which `changed` knows that it came.
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._layers = layers
         self.settings: dict[str, Settings] = {}
+        self.awaiting: dict[str, list[tuple[Tensor, int | None]]] = {}
         self._current: Settings | None = None
         self._read: list[tuple[Tensor, int | None]] = []
         self._values: Tensor | None = None
@@ -59,10 +63,14 @@ class ActiveAdapter:
 
         Learned rates are read again when a parameter is another one or was written to: no copy
         from a device otherwise. On the CPU, where reading costs no copy, their values are compared.
+
+        Raises:
+            AdapterMismatchError: The adapter was loaded, but its file held no weights for a layer.
         """
         name, routers = self.name, self.routers
         if name is None or routers is None:
             return None
+        self._check_loaded(name, routers)
         settings = self.settings[name]
         if not settings.config.learns_rates:
             if settings is self._current:
@@ -73,6 +81,26 @@ class ActiveAdapter:
             return None
         self._current = settings
         return replace(settings, table=self._table(routers, settings))
+
+    def await_weights(self, name: str) -> None:
+        """Note that a file is to bring the weights of adapter `name`, which is fresh."""
+        fresh = (layer.get_parameter(f"{NAME}.{name}.weight") for layer in self._layers)
+        self.awaiting[name] = [(weight, _version(weight)) for weight in fresh]
+
+    def _check_loaded(self, name: str, routers: list[Router]) -> None:
+        fresh = self.awaiting.get(name)
+        if fresh is None:
+            return
+        pairs = enumerate(zip(routers, fresh, strict=True))
+        missing = [i for i, (r, (w, v)) in pairs if r.weight is w and _version(w) == v]
+        if missing:
+            raise AdapterMismatchError(
+                f"adapter {name!r}: expected weights from its file for every layer; the routers of "
+                f"layers {missing} are still the random ones. The names in the file did not fit (a "
+                "report was logged while loading): try apply_dare(model, folder). To train a fresh "
+                "adapter, leave inference_mode of its configuration at False"
+            )
+        del self.awaiting[name]
 
     def _written(self, routers: list[Router]) -> bool:
         logits = [_logits(router) for router in routers]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from laws import inputs_of
+from laws import forward, inputs_of
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft_runs import LEARNED, MODELS, adapted, learn, load_quietly, lora, routers, saved, tokens
 from safetensors.torch import load_file, save_file
@@ -174,6 +174,24 @@ def test_a_file_that_does_not_keep_its_promise_is_refused(change, folder, tmp_pa
             peft_model.load_adapter(path, name)
         assert list(peft_model.peft_config) == ["default"]
         assert tokens(peft_model, inputs) == routed
+
+
+def test_an_adapter_whose_weights_did_not_come_is_refused_at_its_first_use(folder, tmp_path):
+    # transformers only logs names that fit nothing (5.23; happens to deepseek_ocr2, LoRA as well)
+    path = broken(
+        saved(folder), tmp_path / "renamed", lambda t: {f"x.{k}": v for k, v in t.items()}
+    )
+    model = tiny_model("llava")
+    inputs = inputs_of(model)
+    plain = tokens(model, inputs)
+    model.load_adapter(path, adapter_name="x")
+    for call in (forward, tokens):
+        with pytest.raises(AdapterMismatchError, match="layers \\[0, 1, 2, 3\\]"):
+            call(model, inputs)
+    model.delete_adapter("x")
+    assert tokens(model, inputs) == plain
+    model.load_adapter(saved(folder), adapter_name="x")
+    assert tokens(model, inputs) != plain
 
 
 def test_what_is_no_adapter_is_refused(tmp_path, folder):

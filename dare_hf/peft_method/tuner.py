@@ -128,6 +128,8 @@ class DareTuner(BaseTuner):
             router = new_router(settings, anatomy, index)
             holder[name] = router.to("meta") if on_meta else router
         _adapter(state).settings[name] = settings
+        if settings.config.inference_mode:
+            _adapter(state).await_weights(name)
         for holder in holders:
             holder.set_adapter(self.active_adapters, settings.config.inference_mode)
         # adding an adapter leaves the others as trainable as they were, as peft does
@@ -243,6 +245,7 @@ def drop_adapter(model: Any, name: str) -> None:
             holder.delete_adapter(name)
     settings = _adapter(state).settings
     settings.pop(name, None)
+    _adapter(state).awaiting.pop(name, None)
     if not settings:
         _detach(model)
 
