@@ -61,10 +61,11 @@ def main() -> None:
         )
         DareTrainer(routed, arguments, train_dataset=rows(model), data_collator=batch).train()
         routed.save_pretrained(folder)
-        trained = apply_dare(tiny_model("llava"), folder)  # the adapter, on a fresh model
+        fresh = tiny_model("llava")
+        apply_dare(fresh, folder)
 
-    trained.generate(**tiny_inputs(trained), max_new_tokens=8, do_sample=False)
-    print(last_report(trained))
+    fresh.generate(**tiny_inputs(fresh), max_new_tokens=8, do_sample=False)
+    print(last_report(fresh))
 
 
 if __name__ == "__main__":
