@@ -21,12 +21,15 @@ if TYPE_CHECKING:
     from dare_hf.demo.runner import Runner
 
 
-def run(runner: Runner, items: list[Any], rates: list[float], modality: str) -> dict[str, float]:
+def run(
+    runner: Runner, items: list[Any], rates: list[float], modality: str, decay: float
+) -> dict[str, float]:
     """Solve `items` with one rate per layer for one modality; the other is kept whole."""
     pairs = ((rate, 1.0) if modality == "vision" else (1.0, rate) for rate in rates)
     config = DareConfig(
         schedule=tuple(pairs),
         uniform_share=0.25,
+        hop_decay=decay,
         hop_delimiters=(runner.delimiter(runner.processor),),
     )
     totals = {"flops": 0, "full": 0, "kv": 0, "kv_full": 0}
@@ -60,6 +63,7 @@ def main() -> None:
     parser.add_argument("--modality", choices=["vision", "text"], default="vision")
     parser.add_argument("--rates", default="0.25,0.04", help="rates tried in one layer")
     parser.add_argument("--schedule", help="one rate per layer, comma separated")
+    parser.add_argument("--hop_decay", type=float, default=1.0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     runner = load_runner(arguments.model)
@@ -75,8 +79,9 @@ def main() -> None:
             for layer in range(layers)
         ]
     for rates in schedules:
-        line = run(runner, items, rates, arguments.modality)
-        print(json.dumps({arguments.modality: rates, **line, "n": len(items)}), flush=True)
+        line = run(runner, items, rates, arguments.modality, arguments.hop_decay)
+        line |= {"n": len(items), "hop_decay": arguments.hop_decay}
+        print(json.dumps({arguments.modality: rates, **line}), flush=True)
 
 
 if __name__ == "__main__":
