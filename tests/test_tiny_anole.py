@@ -1,4 +1,4 @@
-"""dare-tiny-anole as shipped: loads offline, reads pixels, draws whole images, solves mazes."""
+"""dare-tiny-anole as shipped: loads offline, reads pixels, draws whole images, solves its tasks."""
 
 from pathlib import Path
 
@@ -11,10 +11,11 @@ from transformers import (
     ChameleonProcessor,
 )
 
+from dare_hf import DareConfig, apply_dare, remove_dare
 from dare_hf.assets import model_path
 from dare_hf.errors import DareInputError
 from dare_hf.generation.interleaved import decode_images, load_decoder
-from dare_hf.tasks import maze, mvot, render
+from dare_hf.tasks import frozen_lake, ghost, ghost_run, maze, mvot, render
 
 SIZE_LIMIT = 8 * 2**20
 
@@ -53,7 +54,8 @@ def test_the_tokenizer_gives_clean_text_and_marks_unknown_words(
     processor: ChameleonProcessor,
 ) -> None:
     tokenizer = processor.tokenizer
-    for text in ("The answer is A.", "2. Go left.", maze.PROMPT.split("{")[0].strip()):
+    prompts = (module.PROMPT.split("{")[0].strip() for module in (maze, frozen_lake, ghost))
+    for text in ("The answer is A.", "2. Go left.", "3. Look.", *prompts):
         ids = tokenizer.encode(text)
         assert tokenizer.unk_token_id not in ids
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
@@ -64,7 +66,8 @@ def test_pictures_survive_their_tokens_exactly(
     model: ChameleonForConditionalGeneration, processor: ChameleonProcessor
 ) -> None:
     items = [*maze.sample(12, "easy", seed=5), *maze.sample(4, "hard", seed=5)]
-    grids = [item.grids()[-1] for item in items]
+    grids = [item.grids()[-1] for item in [*items, *frozen_lake.sample(12, "easy", seed=5)]]
+    grids += [item.grids()[1] for item in ghost.sample(4, "hard", seed=5)]
     pictures = [render.grid_to_image(grid) for grid in grids]
     pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
     tokens = model.model.get_image_tokens(pixels).tolist()
@@ -89,13 +92,105 @@ def test_it_solves_held_out_mazes_alone_and_in_a_padded_batch(
         assert one.image_correct == other.image_correct
 
 
-@pytest.mark.slow
-def test_it_keeps_its_measured_quality(
+def test_it_crosses_frozen_lakes_in_both_contexts(
     model: ChameleonForConditionalGeneration, processor: ChameleonProcessor
 ) -> None:
-    result = mvot.score(mvot.solve(model, processor, maze.sample(200, "easy", seed=2)))
+    items = frozen_lake.sample(6, "easy", seed=1)
+    for context in ("append_all", "markov"):
+        solutions = mvot.solve(model, processor, items, batch_size=6, context=context)
+        assert sum(s.correct for s in solutions) >= 5, context
+
+
+def test_markov_steps_see_the_prompt_and_the_latest_step_only(
+    model: ChameleonForConditionalGeneration, processor: ChameleonProcessor
+) -> None:
+    items = [maze.sample_one("easy", 3, k, length=4) for k in range(3)]
+    seen: list[mvot.BatchOutput] = []
+    solutions = mvot.solve(model, processor, items, context="markov", on_batch=seen.append)
+    assert len(seen) >= 5, "one call per step and one for the answer"
+    prompt = seen[0].prompt_length
+    step = processor.image_seq_length + 8
+    assert {batch.prompt_length - prompt for batch in seen} == {0, step}
+    for row, solution in enumerate(solutions):
+        # What the third call was given after the prompt is what the second one sampled.
+        ids = seen[2].inputs["input_ids"][row].tolist()
+        assert ids[-step:] == list(solution.ids[step : 2 * step])
+    assert sum(s.correct for s in solutions) >= 2
+
+
+def test_ghost_letters_runs_through_the_hop_loop(
+    model: ChameleonForConditionalGeneration, processor: ChameleonProcessor
+) -> None:
+    items = ghost.sample(6, "easy", seed=1)
+    solutions = ghost_run.solve(model, processor, items)
+    assert "_dare" not in vars(model), "the plain model is plain again"
+    assert [s.item for s in solutions] == items
+    for solution in solutions:
+        count = len(solution.item.points)
+        assert solution.text.count("Look.") == count
+        assert solution.ids.count(processor.image_token_id) == count * processor.image_seq_length
+    assert sum(s.correct for s in solutions) >= 5
+    alone = ghost_run.solve(model, processor, items[:2], batch_size=1)
+    assert [s.ids for s in alone] == [s.ids for s in solutions[:2]]
+
+
+def test_ghost_letters_cannot_be_read_off_words_or_blank_images(
+    model: ChameleonForConditionalGeneration, processor: ChameleonProcessor
+) -> None:
+    """What the model is given is the same whichever letter was visited: so is what it answers."""
+    item = ghost.sample(1, "easy", seed=2)[0]
+    others = []
+    for letter in item.letters:
+        points = list(item.points)
+        points[item.visit - 1] = letter
+        others.append(ghost.GhostItem(item.size, item.walls, item.offset, item.letters, (*points,)))
+    for context in ("text_only", "blank"):
+        said = {s.text for s in ghost_run.solve(model, processor, others, context=context)}
+        assert len(said) == 1, context
+    steps = [s.ids[-7:] for s in ghost_run.solve(model, processor, others, context="markov")]
+    assert len(set(steps)) == 1, "the last call sees neither the visit nor its letter"
+
+
+def test_contexts_and_delimiters_that_do_not_fit_are_refused(
+    model: ChameleonForConditionalGeneration, processor: ChameleonProcessor
+) -> None:
+    with pytest.raises(DareInputError, match="markov"):
+        mvot.solve(model, processor, maze.sample(1), context="all")
+    with pytest.raises(DareInputError, match="markov"):
+        ghost_run.solve(model, processor, ghost.sample(1), context="all")
+    apply_dare(model, DareConfig(hop_delimiters=(processor.image_end_token_id,)))
+    try:
+        with pytest.raises(DareInputError, match="separator"):
+            ghost_run.solve(model, processor, ghost.sample(1))
+    finally:
+        remove_dare(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("context", ["append_all", "markov"])
+@pytest.mark.parametrize("task", [maze, frozen_lake])
+def test_it_keeps_its_measured_quality(
+    model: ChameleonForConditionalGeneration,
+    processor: ChameleonProcessor,
+    task: object,
+    context: mvot.Context,
+) -> None:
+    items = task.sample(200, "easy", seed=2)
+    result = mvot.score(mvot.solve(model, processor, items, context=context))
     assert result.accuracy >= 0.95
     assert result.images_right >= 0.97
+
+
+@pytest.mark.slow
+def test_ghost_letters_needs_all_images(
+    model: ChameleonForConditionalGeneration, processor: ChameleonProcessor
+) -> None:
+    items = ghost.sample(200, "easy", seed=2)
+    assert mvot.score(ghost_run.solve(model, processor, items)).accuracy >= 0.9
+    for context in ("markov", "text_only", "blank"):
+        result = mvot.score(ghost_run.solve(model, processor, items, context=context))
+        # Five standard deviations above one in four of 200.
+        assert result.accuracy <= 0.41, context
 
 
 def test_scores_count_unparsed_answers_and_surplus_images_as_wrong() -> None:
