@@ -29,6 +29,7 @@ from dare_hf.tasks.mvot import (
 # Ids of a look (number, dot, Look, dot, separator) and of the answer with end of text.
 _LOOK_IDS = 5
 _ANSWER_IDS = 6
+_OPENING = "The answer is"
 
 
 def delimiters(processor: ChameleonProcessor) -> tuple[int, ...]:
@@ -68,7 +69,8 @@ def solve(
             order.
         batch_size: Rows of a generate call.
         context: "append_all"; "markov" (every look is a generate call of its own, after question,
-            first image and latest look with its image); "text_only" (no images at all); "blank"
+            first image and latest look with its image; the last one is opened with "The answer is",
+            so that only the letter is at stake); "text_only" (no images at all); "blank"
             (all images show an empty field).
         on_batch: Called after each generate call; the place to collect `last_report(model)`.
         progress: Called with (items done, items in all) after each batch.
@@ -169,15 +171,20 @@ class _Call:
         return blank_image() if self.context == "blank" else render.grid_to_image(item.grid(step))
 
     def _steps(self) -> list[list[int]]:
-        """The context "markov": at most one look more than there are images."""
+        """The context "markov"; the call after the last image begins with the answer's words.
+
+        So a model that has lost count of its looks still answers: what fails is not the counting.
+        """
         separator = self.processor.tokenizer.sep_token_id
         new: list[list[int]] = [[] for _ in self.rows]
         asked: list[list[str]] = [[] for _ in self.rows]
         alive = list(range(len(self.rows)))
+        opening = self.processor.tokenizer.encode(_OPENING, add_special_tokens=False)
         for step in range(self.count + 1):
             if not alive:
                 break
-            inputs = self._given(alive, [asked[k] for k in alive])
+            begun = opening if step == self.count else []
+            inputs = self._given(alive, [asked[k] for k in alive], bool(begun))
             which = tuple(self.indices[k] for k in alive)
             sampled = self._generate(
                 inputs,
@@ -187,15 +194,15 @@ class _Call:
             )
             going = []
             for k, ids in zip(alive, sampled, strict=True):
-                new[k] += ids
+                new[k] += [*begun, *ids]
                 if ids[-1] == separator and step < self.count:
                     asked[k].append(self.processor.decode(ids[:-1]))
                     going.append(k)
             alive = going
         return new
 
-    def _given(self, alive: list[int], asked: list[list[str]]) -> dict[str, Any]:
-        """Question and first image, and the latest look with its image."""
+    def _given(self, alive: list[int], asked: list[list[str]], answering: bool) -> dict[str, Any]:
+        """Question and first image, the latest look with its image, and the answer's begin."""
         texts, pictures = [], []
         for k, looks in zip(alive, asked, strict=True):
             item = self.rows[k]
@@ -203,11 +210,16 @@ class _Call:
             if looks:
                 text += f"<sep>{looks[-1]}<sep><image>"
                 shown.append(render.grid_to_image(item.grid(len(looks))))
-            texts.append(text)
+            texts.append(text + "<sep>" + (_OPENING if answering else ""))
             pictures.append(shown)
         return dict(
             self.processor(
-                text=texts, images=pictures, padding=True, padding_side="left", return_tensors="pt"
+                text=texts,
+                images=pictures,
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
+                return_for_text_completion=True,  # the separators are written above
             )
         )
 
