@@ -59,10 +59,13 @@ class _Damped(torch.autograd.Function):
         wide = torch.promote_types(query.dtype, torch.float32)
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         with torch.autocast(query.device.type, enabled=False):
-            logits = (query.to(wide) @ key.to(wide).transpose(-1, -2)) * ctx.scaling + mask
+            logits = query.to(wide) @ key.to(wide).transpose(-1, -2)
+        logits = logits.mul_(ctx.scaling).add_(mask)
         low = torch.full((), gates.FLOOR, dtype=wide).log().item()
-        ratio = (logits - logits.logsumexp(-1, keepdim=True) - low).exp()
-        gradient = torch.where(closed, grads[0] / (1 + ratio), grads[0])
+        # in place: the only further tensor of this size is the gradient that comes in
+        ratio = logits.sub_(logits.logsumexp(-1, keepdim=True) + low)
+        factor = ratio.neg_().sigmoid_().masked_fill_(~closed, 1.0)  # 1 / (1 + r)
+        gradient = factor.mul_(grads[0])
         if mask.shape[1] == 1:
             gradient = gradient.sum(1, keepdim=True)
         return gradient.to(mask.dtype), None, None, None, None
