@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CONFIG_ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+_AUDIO_ID_NAMES = ("audio_token_id", "audio_token_index")
 _IMAGE_NAMES = ("IMGIMG", "<|visual token")  # Chameleon, Emu3
 _VISION_TYPES = (1, 2)  # image, video; 3 is audio
 
@@ -31,6 +32,17 @@ def vision_token_ids(config: Any, extra: tuple[int, ...] | None = None) -> tuple
     found.update(i for name, i in vocabulary.items() if name.startswith(_IMAGE_NAMES))
     found.add(vocabulary.get("<image>"))
     return tuple(sorted(int(i) for i in found if i is not None))
+
+
+def audio_token_ids(config: Any, vision_ids: Sequence[int]) -> tuple[int, ...]:
+    """Ids that stand for audio: a third kind, never pruned unless the user calls it vision.
+
+    Args:
+        config: The top-level model config.
+        vision_ids: Ids of vision tokens.
+    """
+    found = {getattr(config, name, None) for name in _AUDIO_ID_NAMES}
+    return tuple(sorted(int(i) for i in found if i is not None and i not in vision_ids))
 
 
 def special_token_ids(config: Any, generation_config: Any) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from transformers.utils import logging
 from dare_hf.context import TokenRules
 from dare_hf.errors import DareConfigError, UnsupportedModelError
 from dare_hf.hops import resolve_delimiters
-from dare_hf.modality import check_ids, special_token_ids, vision_token_ids
+from dare_hf.modality import audio_token_ids, check_ids, special_token_ids, vision_token_ids
 from dare_hf.routing.kinds import TEXT, VISION
 from dare_hf.routing.retention import RetentionTable, build_table, learned_table
 from dare_hf.scorers import Scorer, make_scorer
@@ -91,9 +91,11 @@ def resolve(model: Any, config: DareConfig, anatomy: Anatomy, processor: Any = N
     prunes_text = min(min(row) for row in table.text) < 1.0
     if prunes_text and scorer.untrained:
         _warn_text(config)
+    vision = vision_token_ids(model_config, config.image_token_ids)
+    audio = audio_token_ids(model_config, vision)
     rules = TokenRules(
-        vision_ids=vision_token_ids(model_config, config.image_token_ids),
-        keep_ids=tuple(sorted(config.always_keep_token_ids)),
+        vision_ids=vision,
+        keep_ids=tuple(sorted({*config.always_keep_token_ids, *audio})),
         protected_ids=special_token_ids(model_config, getattr(model, "generation_config", None)),
         protect_text=prunes_text and scorer.untrained,
         prefix=config.prefix_tokens,

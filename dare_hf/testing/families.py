@@ -45,7 +45,7 @@ class Family:
     picture: Draw | None = pictures.patches
     config: Mapping[str, Any] = field(default_factory=dict)
     sees: bool = True
-    images: tuple[int, ...] = (0, 1, 2)
+    images: tuple[int, ...] = (0, 1, 3)
     tokens: int | None = None
     positions: bool = True
     encoded: bool = False

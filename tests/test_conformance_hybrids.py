@@ -1,0 +1,90 @@
+"""Layers that are not routed travel in the cache: beams, failures, turns and resets of hybrids."""
+
+import pytest
+import torch
+
+from dare_hf import DareCache, last_report
+from dare_hf.adapters import locate
+from dare_hf.conformance.laws import PRUNED, hold_run
+from dare_hf.conformance.subject import Subject
+from dare_hf.errors import DareInputError
+
+HYBRIDS = ("qwen3_5", "lfm2_vl", "mllama")
+"""Recurrent states, convolution states, keys of images."""
+
+
+@pytest.fixture(scope="module")
+def subjects():
+    return {name: Subject.of(name) for name in HYBRIDS}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_beams_take_the_states_with_them(subjects, name):
+    subject = subjects[name]
+    batch = subject.batches["padded"]
+    plain = subject.generate(batch, num_beams=3)
+    with subject.dare(vision_retention=1.0, text_retention=1.0):
+        ours = subject.generate(batch, num_beams=3)
+    assert ours.sequences.tolist() == plain.sequences.tolist()
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_failed_forward_leaves_the_states_as_they_were(subjects, name):
+    subject = subjects[name]
+    batch = subject.batches["alone"]
+    last = locate(subject.model).layers[-1]
+    with subject.dare(**PRUNED), torch.no_grad():
+        cache, whole = DareCache(), DareCache()
+        for each in (cache, whole):
+            subject.forward(batch, past_key_values=each, use_cache=True)
+        step = {"input_ids": torch.tensor([[20]]), "use_cache": True}
+        if name == "mllama":
+            step["cross_attention_mask"] = batch.inputs["cross_attention_mask"][:, -1:]
+
+        def fail(*args):
+            raise KeyError("broken")
+
+        handle = last.register_forward_pre_hook(fail)
+        with pytest.raises(KeyError, match="broken"):
+            subject.model(**step, past_key_values=cache)
+        handle.remove()
+        again = subject.model(**step, past_key_values=cache).logits
+        assert torch.equal(again, subject.model(**step, past_key_values=whole).logits)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_cache_that_was_reset_starts_anew(subjects, name):
+    subject = subjects[name]
+    batch = subject.batches["padded"]
+    with subject.dare(**PRUNED):
+        fresh = subject.generate(batch)
+        cache = DareCache(subject.model.config)
+        subject.generate(batch, past_key_values=cache)
+        cache.reset()
+        hold_run(subject, subject.generate(batch, past_key_values=cache), fresh, "after reset")
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_the_report_says_what_is_not_routed(subjects, name):
+    subject = subjects[name]
+    anatomy = locate(subject.model)
+    with subject.dare(**PRUNED):
+        out = subject.generate(subject.batches["padded"])
+        report = last_report(subject.model)
+    assert any("run every token" in note for note in report.notes)
+    assert len(report.retention[0]) == len(anatomy.layers)
+    assert len(out.past_key_values.kept_lengths()) == len(anatomy.layers)
+    assert len(anatomy.unrouted) == 2
+    assert anatomy.slots == tuple(sorted(anatomy.slots))
+
+
+def test_a_cache_filled_by_another_model_is_refused(subjects):
+    cache = DareCache()
+    for name, raises in (("qwen3_5", False), ("mllama", True)):
+        subject = subjects[name]
+        with subject.dare(**PRUNED):
+            if not raises:
+                subject.forward(subject.batches["alone"], past_key_values=cache, use_cache=True)
+                continue
+            with pytest.raises(DareInputError, match="another model"):
+                subject.forward(subject.batches["alone"], past_key_values=cache, use_cache=True)
