@@ -2,7 +2,8 @@
 
 Ghost Letters, dare-tiny-anole, attention scorer, training-free: hop_score x hop_budget x hop_decay
 under each budget, on the same items; text is kept whole. A budget is a vision rate, with "/cap"
-behind it where max_kv_tokens bounds a layer too. One JSON line per arm, then a table.
+behind it where max_kv_tokens bounds a layer too. One JSON line per arm, then a table; its p is
+the exact McNemar test against the first arm of the same budget and decay.
 
     python scripts/compare_hop_policies.py --n 500 --seed 0 --budgets 0.5,1.0/160
 """
@@ -84,7 +85,7 @@ def main() -> None:
     rows = []
     for budget_text in args.budgets.split(","):
         rate_text, _, cap_text = budget_text.partition("/")
-        rate, base = float(rate_text), None
+        rate, first = float(rate_text), {}
         for score, budget, decay in chosen:
             config = DareConfig(
                 schedule=tuple((1.0 if k < args.from_layer else rate, 1.0) for k in range(layers)),
@@ -96,10 +97,12 @@ def main() -> None:
             )
             result = run(model, processor, items, config, args.batch_size)
             right = result.pop("right")
-            base = right if base is None else base
+            base = first.setdefault(decay, right)
             arm = {"vision": budget_text, "score": score, "budget": budget, "decay": decay}
             rows.append({**arm, **result, "p_to_first": round(mcnemar(base, right), 5)})
-            print(json.dumps(rows[-1] | {"split": args.split, "seed": args.seed}), flush=True)
+            marks = "".join(str(int(one)) for one in right)
+            line = rows[-1] | {"split": args.split, "seed": args.seed, "right": marks}
+            print(json.dumps(line), flush=True)
     print("| vision | hop_score | hop_budget | hop_decay | right | FLOPs | KV | p to first |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
