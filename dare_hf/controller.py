@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -22,6 +21,7 @@ from dare_hf.plan import Planner
 from dare_hf.reading import close_context, open_context
 from dare_hf.recorder import Recorder
 from dare_hf.simulation import SimulationRecord, open_simulation
+from dare_hf.thread_state import OpenForward, ThreadState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -38,31 +38,6 @@ if TYPE_CHECKING:
 
 # Keyword arguments of a forward that the model itself never sees.
 _OWN = ("modality_mask", "hop_ids")
-
-
-class _Open(NamedTuple):
-    """A forward in progress."""
-
-    module: Any
-    context: ForwardContext
-    kwargs: Mapping[str, Any]
-    started: float
-    recorder: Recorder | None
-
-
-class _Local(threading.local):
-    """What one thread is doing with the model."""
-
-    def __init__(self) -> None:
-        self.contexts: list[_Open] = []
-        self.calls: list[GenerationCall] = []
-        self.last: Recorder | None = None
-        self.disabled = 0
-        self.lesson: dict[str, Any] = {}
-        self.record: SimulationRecord | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Local:
-        return _Local()
 
 
 class Controller:
@@ -105,7 +80,7 @@ class Controller:
         self.token_kwargs = dict(anatomy.spec.token_kwargs)
         found = [getattr(attention_of(m), "expand_kv", None) for m in anatomy.layers]
         self._expanders = found if any(found) else None
-        self._local = _Local()
+        self._local = ThreadState()
         self._recompute: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def configure(self, settings: Settings) -> None:
@@ -236,7 +211,7 @@ class Controller:
         if InnerHops.inside(context, self.config):
             log = cache.log if cache is not None else TokenLog()
             context.inner_hops = InnerHops(context, log, self.config, self.table)
-        self._local.contexts.append(_Open(module, context, kwargs, started, recorder))
+        self._local.contexts.append(OpenForward(module, context, kwargs, started, recorder))
         return _without_own(kwargs)
 
     def _open_simulation(self, module: Any, kwargs: dict[str, Any]) -> bool:
@@ -246,7 +221,7 @@ class Controller:
         if context is None:
             return False
         self._local.record = None
-        self._local.contexts.append(_Open(module, context, kwargs, time.perf_counter(), None))
+        self._local.contexts.append(OpenForward(module, context, kwargs, time.perf_counter(), None))
         return True
 
     @contextmanager
