@@ -79,7 +79,7 @@ def locate(model: nn.Module) -> Anatomy:
         raise UnsupportedModelError(
             f"expected the decoder layers of a {spec.model_type} at '{spec.layers}'; "
             f"{type(model).__name__} has none there. Pass the model that has generate "
-            f"(…ForConditionalGeneration): see {SUPPORT_PAGE}"
+            f"(…ForConditionalGeneration), with a decoder-only text model: see {SUPPORT_PAGE}"
         ) from error
     text_config: Any = text_model.config
     inner = model.get_submodule(spec.layers.partition(".")[0])
