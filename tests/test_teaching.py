@@ -9,7 +9,7 @@ import torch
 
 from dare_hf.demo.embedded import load_embedded
 from dare_hf.generation.interleaved import allow_image_tokens
-from dare_hf.tasks import frozen_lake, maze, mvot, teaching
+from dare_hf.tasks import frozen_lake, ghost, maze, mvot, teaching
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +52,25 @@ def test_prompts_are_those_of_the_processor(anole, task):
         assert (labels[count:] == ids[count:]).all()
 
 
-def test_the_model_predicts_its_labels(anole):
+def test_the_looks_of_ghost_letters_are_given_not_learned(anole):
+    model, processor = anole
+    item = ghost.sample(1, "easy", seed=0)[0]
+    ids, labels = _row(teaching.batch(model, processor, [item]), 0)
+    learned = processor.decode(labels[labels != -100])
+    looks = "".join(f"{item.step_text(k)}<sep>" for k in range(len(item.points)))
+    squeezed = learned.replace(" ", "")
+    assert squeezed == (looks + f"The answer is {item.answer}.</s>").replace(" ", "")
+    begin, end = processor.image_start_token_id, processor.image_end_token_id
+    assert int((ids == begin).sum()) == len(item.points) + 1
+    assert (labels[(ids == begin) | (ids == end)] == -100).all()
+
+
+@pytest.mark.parametrize("task", [maze, frozen_lake, ghost])
+def test_the_model_predicts_its_labels(anole, task):
     """A batch built wrongly (a shifted answer, a missing separator) would surprise the model."""
     model, processor = anole
     model = copy.deepcopy(model)
-    items = maze.sample(8, "easy", seed=11)
+    items = task.sample(8, "easy", seed=11)
     made = teaching.batch(model, processor, items)
     with torch.no_grad(), allow_image_tokens(model):
         logits = model(**{k: v for k, v in made.items() if k != "labels"}).logits
