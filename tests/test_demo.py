@@ -19,7 +19,7 @@ class _FakeCache:
 
     def __init__(self) -> None:
         self.asked = 0
-        self.layers = [SimpleNamespace(positions=lambda: torch.tensor([[0, 1, 2]]))]
+        self.stored = [SimpleNamespace(positions=lambda: torch.tensor([[0, 1, 2]]))]
 
     def get_seq_length(self) -> int:
         self.asked += 1
