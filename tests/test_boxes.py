@@ -163,7 +163,6 @@ def test_what_is_no_box_is_no_crop(box):
         ({"frame": ([1], "x")}, "frame"),
         ({"frame": [4]}, "frame"),
     ],
-    ids=str,
 )
 def test_arguments_are_checked_when_it_is_made(arguments, named):
     with pytest.raises(DareConfigError, match=f"^{named}: expected"):

@@ -66,7 +66,7 @@ class DareTrainerMixin:
         """The other class's optimiser, with routers and rates in groups of their own."""
         trainer: Any = self
         given = trainer.optimizer is not None
-        optimizer = super().create_optimizer(*args, **kwargs)  # ty: ignore[unresolved-attribute]
+        optimizer = super().create_optimizer(*args, **kwargs)  # ty: ignore[missing-attribute]
         if not given:
             _regroup(trainer.model, optimizer, self.router_lr, self.rate_lr)
         return optimizer
@@ -74,7 +74,7 @@ class DareTrainerMixin:
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The micro-batches of a step; their rows are counted, over all processes."""
         trainer: Any = self
-        samples, items = super().get_batch_samples(*args, **kwargs)  # ty: ignore[unresolved-attribute]
+        samples, items = super().get_batch_samples(*args, **kwargs)  # ty: ignore[missing-attribute]
         rows = torch.tensor(sum(_rows(batch) for batch in samples))
         if trainer.args.world_size > 1:
             rows = trainer.accelerator.gather(rows.to(trainer.args.device)).sum()
@@ -95,7 +95,7 @@ class DareTrainerMixin:
         plain = trainer.accelerator.unwrap_model(model)
         controller = state_of(plain).controller
         with controller.teach(labels=inputs.get("labels"), hop_ids=hop_ids):
-            loss, outputs = super().compute_loss(  # ty: ignore[unresolved-attribute]
+            loss, outputs = super().compute_loss(  # ty: ignore[missing-attribute]
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
         if controller.record is not None and controller.record.layers and not controller.disabled:
@@ -138,7 +138,7 @@ class DareTrainerMixin:
             logs |= {f"dare/{n}": v / steps for n, v in zip(self._names, values, strict=True)}
             logs["dare/tau"] = state_of(trainer.model).controller.tau
             self._sums = None
-        super().log(logs, *args, **kwargs)  # ty: ignore[unresolved-attribute]
+        super().log(logs, *args, **kwargs)  # ty: ignore[missing-attribute]
 
 
 class DareTrainer(DareTrainerMixin, Trainer):
