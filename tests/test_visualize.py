@@ -31,7 +31,7 @@ def test_held_patches_reads_positions_and_ignores_holes() -> None:
         SimpleNamespace(positions=lambda: torch.tensor([[9, 9, 9], [-1, 4, 6]])),
         SimpleNamespace(positions=lambda: torch.tensor([[9, 9, 9], [3, 5, 8]])),
     ]
-    stored = stored_columns(SimpleNamespace(layers=layers), row=1)
+    stored = stored_columns(SimpleNamespace(stored=layers), row=1)
     held = held_patches(stored, [range(3, 7), range(7, 11)], grid=(2, 2))
     assert held.tolist() == [
         [[[False, True], [False, True]], [[False, False], [False, False]]],
