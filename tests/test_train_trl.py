@@ -17,7 +17,7 @@ from dare_hf.demo.embedded import load_embedded
 from dare_hf.tasks import scene, teaching
 from dare_hf.training import DareTrainerMixin, auxiliary_loss
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.extras, pytest.mark.filterwarnings("ignore")]
 
 
 def test_sft_trainer_adds_the_auxiliary_loss(tmp_path):
