@@ -164,7 +164,12 @@ class _Reader:
         skipped = (labels == -100) & sampled_at
         valid = self._padding()
         skipped = skipped if valid is None else skipped & valid
-        assert not bool(skipped.any()), "injected spans are the simulation's"
+        if bool(skipped.any()):
+            raise DareInputError(
+                "labels: expected -100 on the prompt only, then supervised tokens to the end; got "
+                "-100 after the first supervised token, an injected span, which only a forward "
+                "of its own can route. Run it inside `with dare_disabled(model)`"
+            )
 
     def _context(self, **facts: Any) -> ForwardContext:
         keep = self.arguments.get("logits_to_keep", 0)

@@ -22,6 +22,7 @@ from dare_hf.tasks.maze import (
     is_held_out,
     random_walls,
 )
+from dare_hf.tasks.streams import item_indices
 
 _SPLITS: dict[str, tuple[int, tuple[int, int], tuple[int, int]]] = {
     # name: (stream number, sizes, image counts), both ranges inclusive
@@ -118,11 +119,7 @@ def sample(n: int, split: Split = "easy", seed: int = 0, first: int = 0) -> list
     Raises:
         DareInputError: The split is not one of the three, or a count is negative.
     """
-    if split not in _SPLITS:
-        raise DareInputError(f"split: expected one of {sorted(_SPLITS)}, got {split!r}")
-    if n < 0 or first < 0:
-        raise DareInputError(f"expected n >= 0 and first >= 0, got n={n}, first={first}")
-    return [sample_one(split, seed, index) for index in range(first, first + n)]
+    return [sample_one(split, seed, index) for index in item_indices(split, _SPLITS, n, first)]
 
 
 def sample_one(split: Split, seed: int, index: int, length: int | None = None) -> GhostItem:

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from dare_hf.errors import DareInputError
+from dare_hf.tasks.streams import item_indices
 
 Split = Literal["train", "easy", "hard"]
 Box = tuple[float, float, float, float]
@@ -159,11 +160,7 @@ def sample(n: int, split: Split = "easy", seed: int = 0, first: int = 0) -> list
     Raises:
         DareInputError: The split is not one of the three, or a count is negative.
     """
-    if split not in _SPLITS:
-        raise DareInputError(f"split: expected one of {sorted(_SPLITS)}, got {split!r}")
-    if n < 0 or first < 0:
-        raise DareInputError(f"expected n >= 0 and first >= 0, got n={n}, first={first}")
-    return [sample_one(split, seed, index) for index in range(first, first + n)]
+    return [sample_one(split, seed, index) for index in item_indices(split, _SPLITS, n, first)]
 
 
 def sample_one(
