@@ -115,7 +115,9 @@ def test_injected_spans_are_routed_as_generate_routes_them(name, pruned, rows):
     parts = rows_of(model, BATCHES[rows], text=[9, 14, 7][: len(BATCHES[rows])])
     inputs, featured = collate(model, parts), Featured(model)
     prompt = inputs["input_ids"].shape[1]
-    with routed(model, hop_delimiters=DELIMITERS, pruned=pruned, max_hops=6) as wrapped:
+    # one row alone writes a rarer id too seldom
+    ends = DELIMITERS if rows == "padded" else tuple(range(10, 80))
+    with routed(model, hop_delimiters=ends, pruned=pruned, max_hops=6) as wrapped:
         out = looped(model, inputs, featured, max_new_tokens=20)
         ids = out.sequences[:, :-1]
         labels = torch.full_like(ids, -100)
