@@ -10,7 +10,7 @@ EXTRAS := bitsandbytes trl datasets dill multiprocess pandas pyarrow xxhash
 demo: $(READY) ; HF_HUB_OFFLINE=1 $(BIN)/dare-hf demo
 test: $(READY) ; $(TESTS) -m "not slow"
 test-all: $(READY) ; $(TESTS)
-test-extras: .extras ; HF_HUB_OFFLINE=1 PYTHONPATH=.extras $(TESTS) -m extras
+test-extras: .venv/extras ; HF_HUB_OFFLINE=1 PYTHONPATH=.venv/extras $(TESTS) -m extras
 lint: $(READY) ; $(BIN)/ruff check . && $(BIN)/ruff format --check .
 types: $(READY) ; $(BIN)/ty check
 arrows: $(READY) ; $(BIN)/lint-imports --no-cache
@@ -23,6 +23,6 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@
 
-.extras: $(READY)
+.venv/extras: $(READY)
 	$(BIN)/python -m pip install -c constraints.txt --no-deps --target $@ $(EXTRAS)
 	touch $@
