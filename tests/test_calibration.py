@@ -107,6 +107,37 @@ def test_a_continuation_ends_where_its_row_ends():
     assert (complete["labels"][:, :length] == -100).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "chameleon"])
+def test_every_kind_of_model_and_a_padded_batch(name, dtype):
+    model = tiny_model(name, layers=2, dtype=dtype)
+    images = {"suppress_tokens": [*SPECIAL_IDS, *(range(100, 140) if name == "chameleon" else ())]}
+    found = []
+    fit_router(
+        model,
+        batches_of(model, 2),
+        max_new_tokens=5,
+        generate_kwargs=images,
+        details=found.append,
+    )
+    for router in model._dare.controller.routers:
+        assert router.weight.dtype == torch.float32
+        assert torch.isfinite(router.weight).all()
+    vision, text = zip(*found[0].rates, strict=True)
+    assert sum(vision) / 2 == pytest.approx(0.4)
+    assert sum(text) / 2 == pytest.approx(0.7)
+    assert found[0].tokens["vision"] > 20
+
+
+def test_a_modality_nobody_saw_is_said(caplog):
+    model = tiny_model("llava", layers=2)
+    text = [inputs_of(model, (0,), pixels=True)]
+    caplog.set_level("WARNING", "dare_hf")
+    config = DareConfig(scorer="router", schedule="constant")
+    fit_router(model, text, config, max_new_tokens=3, generate_kwargs=NO_IMAGES)
+    assert "no later query saw a vision token in layer 0" in caplog.text
+
+
 def test_static_rates_stay_as_configured():
     model = tiny_model("llava")
     config = DareConfig(scorer="router", schedule="constant", vision_retention=0.5)

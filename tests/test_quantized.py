@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText
 
 from dare_hf import DareConfig
 from dare_hf.errors import DareStateError
+from dare_hf.recipes import Recipe, train
 from dare_hf.testing import tiny_model
 from dare_hf.training import auxiliary_loss
 from dare_hf.training.quantized import keep_gradients_right, quantization_config
@@ -110,3 +111,12 @@ def test_training_moves_the_router_and_no_backbone_tensor(folder):
         if "dare_" not in name:
             assert torch.equal(value, frozen[name]), name
     assert all(not torch.equal(p, first[n]) for n, p in routed.named_parameters() if n in first)
+
+
+def test_a_recipe_trains_on_a_4_bit_embedded_model(tmp_path):
+    recipe = Recipe(
+        "anole", str(tmp_path), task=("maze",), steps=1, batch_size=2, load_in_4bit=True
+    )
+    result = train(recipe)
+    assert len(quantised(result.model)) == 12 * 7
+    assert set(result.folders) == {"dare"}

@@ -49,7 +49,7 @@ class Calibration:
         costs: Per modality and layer: mean divergence (KL, nats per token) of the model's own
             continuation at each of TRIED_RATES; None where rates are not learned.
         rates: Per layer (vision, text) rates; None where they are not learned.
-        tokens: Tokens the routers were fitted to, by modality name.
+        tokens: Tokens the routers were fitted to, by modality name, in the layer that saw most.
     """
 
     explained: list[tuple[float, float]]
@@ -189,7 +189,7 @@ def _observe(
             normalize = _routers(controller)[layer].normalize
             _add_samples(fits[layer], one, modality, normalize)
             shares[layer] += one.vision_share / len(batches)
-    counts = {name: fits[0][kind].count for kind, name in KINDS.items()}
+    counts = {name: max(fit[kind].count for fit in fits) for kind, name in KINDS.items()}
     if not any(counts.values()):
         raise DareInputError(
             "batches: expected prompts with tokens that their continuation attends to; got none"
@@ -230,10 +230,16 @@ def _write_routers(
 ) -> list[tuple[float, float]]:
     """Put the regressions into the routers; a modality without tokens keeps what it had."""
     explained = []
-    for router, by_kind in zip(_routers(controller), fits, strict=True):
+    for layer, (router, by_kind) in enumerate(zip(_routers(controller), fits, strict=True)):
         found = dict.fromkeys(KINDS, 0.0)
         for kind, fit in by_kind.items():
             if not fit.count:
+                logger.warning(
+                    "fit_router: no later query saw a %s token in layer %s, so its router ranks "
+                    "them as it did before. Use longer continuations, or prompts that have some",
+                    KINDS[kind],
+                    layer,
+                )
                 continue
             weight, bias, found[kind] = fit.solve()
             with torch.no_grad():

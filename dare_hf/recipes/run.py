@@ -14,8 +14,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArg
 
 from dare_hf.adapters.registry import locate
 from dare_hf.apply import apply_dare, remove_dare
+from dare_hf.assets import model_path
 from dare_hf.config import DareConfig
-from dare_hf.demo.embedded import RUNNERS, load_embedded, runner_type
+from dare_hf.demo.embedded import RUNNERS, runner_type
 from dare_hf.generation.interleaved import allow_image_tokens
 from dare_hf.modality import vision_token_ids
 from dare_hf.recipes.data import ResponseCollator, TaskCollator, dataset_of
@@ -83,14 +84,16 @@ def train(recipe: Recipe) -> TrainingResult:
 
 def _load(recipe: Recipe) -> tuple[Any, Any, tuple[int, ...]]:
     """Model, processor, and what ends a hop in the tasks of an embedded model."""
-    if recipe.model in RUNNERS:
-        model, processor = load_embedded(recipe.model)
-        return model, processor, (runner_type(recipe.model).delimiter(processor),)
-    settings: dict[str, Any] = {}
+    source, delimiters, settings = recipe.model, (), {}
     if recipe.load_in_4bit:
         settings["quantization_config"] = quantization_config()
-    model = AutoModelForImageTextToText.from_pretrained(recipe.model, **settings)
-    return model, AutoProcessor.from_pretrained(recipe.model), ()
+    if recipe.model in RUNNERS:
+        source = str(model_path(runner_type(recipe.model).folder))
+    model = AutoModelForImageTextToText.from_pretrained(source, **settings)
+    processor = AutoProcessor.from_pretrained(source)
+    if recipe.model in RUNNERS:
+        delimiters = (runner_type(recipe.model).delimiter(processor),)
+    return model, processor, delimiters
 
 
 def _attach(model: Any, recipe: Recipe, delimiters: tuple[int, ...]) -> None:
