@@ -23,6 +23,7 @@ class ModelSpec:
             which sees no placeholder ids.
         type_ids: Names of the arguments whose values 1 and 2 mark image and video tokens.
         vocabulary_images: Images are ids of the text vocabulary (`config.vocabulary_map`).
+        since: First version of transformers that has it, "5.0" where an older one had it already.
         pruned: What is pruned, for the documentation.
         note: One sentence for the documentation.
     """
@@ -36,5 +37,6 @@ class ModelSpec:
     generates_inside: bool = False
     type_ids: tuple[str, ...] = ("mm_token_type_ids", "token_type_ids")
     vocabulary_images: bool = False
+    since: str = "5.0"
     pruned: str = "all decoder layers"
     note: str = ""

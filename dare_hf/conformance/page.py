@@ -18,13 +18,14 @@ def table() -> str:
     """Every image-text-to-text architecture as Markdown: first those that pass, then the others."""
     names = architectures()
     lines = [
-        "| `model_type` | class | what is pruned | what is particular |",
-        "|---|---|---|---|",
+        "| `model_type` | class | since | what is pruned | what is particular |",
+        "|---|---|---|---|---|",
     ]
     for model_type in sorted(name for name in names if name in SPECS):
         spec = SPECS[model_type]
         note = spec.note or "-"
-        lines.append(f"| `{model_type}` | `{names[model_type]}` | {spec.pruned} | {note} |")
+        facts = (f"`{model_type}`", f"`{names[model_type]}`", spec.since, spec.pruned, note)
+        lines.append(f"| {' | '.join(facts)} |")
     lines += ["", "| refused | class | why |", "|---|---|---|"]
     for model_type in sorted(name for name in names if name not in SPECS):
         lines.append(f"| `{model_type}` | `{names[model_type]}` | {REFUSED[model_type]} |")
