@@ -4,19 +4,26 @@ READY := .venv/.ready
 TESTS := $(BIN)/python -m pytest -n 2
 # Beside the environment, not in it: peft imports bitsandbytes wherever it finds it.
 EXTRAS := bitsandbytes trl datasets dill multiprocess pandas pyarrow xxhash
+# The oldest transformers that is accepted (dare_hf/compat.py), and what holds it to the laws.
+OLDEST := 5.19.0
+OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,compat tiny_models laws_identity laws_oracle \
+	laws_padding laws_remove laws_bytes cache_in_hf generate_modes hop_loop hop_chat box_refocus interleaved \
+	peft_lifecycle peft_lora trainer conformance tiny_anole tiny_volcano))
 
-.PHONY: demo test test-all test-extras lint types arrows docs wheel ci
+.PHONY: demo test test-all test-extras test-oldest lint types arrows docs wheel ci
 
 demo: $(READY) ; HF_HUB_OFFLINE=1 $(BIN)/dare-hf demo
 test: $(READY) ; $(TESTS) -m "not slow"
 test-all: $(READY) ; $(TESTS)
 test-extras: .venv/extras ; HF_HUB_OFFLINE=1 PYTHONPATH=.venv/extras $(TESTS) -m extras
+test-oldest: .venv/oldest
+	DARE_TEST_TRANSFORMERS=$(OLDEST) PYTHONPATH=$(CURDIR)/.venv/oldest $(TESTS) -m "not slow" $(OLDEST_TESTS)
 lint: $(READY) ; $(BIN)/ruff check . && $(BIN)/ruff format --check .
 types: $(READY) ; $(BIN)/ty check
 arrows: $(READY) ; $(BIN)/lint-imports --no-cache
 docs: $(READY) ; NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 wheel: $(READY) ; rm -rf dist && $(BIN)/python -m build --no-isolation --wheel && .ci/check_wheel
-ci: lint types arrows docs wheel test-all test-extras
+ci: lint types arrows docs wheel test-all test-extras test-oldest
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -25,4 +32,8 @@ $(READY): pyproject.toml constraints.txt
 
 .venv/extras: $(READY)
 	$(BIN)/python -m pip install -c constraints.txt --no-deps --target $@ $(EXTRAS)
+	touch $@
+
+.venv/oldest: $(READY) Makefile
+	rm -rf $@ && $(BIN)/python -m pip install --no-deps --target $@ transformers==$(OLDEST)
 	touch $@

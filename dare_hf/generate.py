@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import logging
 
 from dare_hf.cache import DareCache
+from dare_hf.compat import check_prefill_chunks
 from dare_hf.context import GenerationCall
 from dare_hf.controller import check_cache
 from dare_hf.errors import DareInputError, DareStateError
@@ -90,6 +91,7 @@ def routed_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     given = dict(zip(names, args, strict=False)) | kwargs
     config = given.get("generation_config")
     kwargs = _with_cache(model, kwargs, config)
+    check_prefill_chunks(_setting(model, kwargs, config, "prefill_chunk_size"))
     mask = kwargs.pop("modality_mask", None)
     if mask is None and controller.anatomy.spec.generates_inside:
         mask = _placeholders(given, controller.rules.vision_ids)
@@ -125,10 +127,18 @@ def _with_cache(model: Any, kwargs: dict[str, Any], config: Any) -> dict[str, An
 
 
 def _uses_cache(model: Any, kwargs: dict[str, Any], config: Any) -> bool:
-    for source in (kwargs.get("use_cache"), getattr(config, "use_cache", None)):
-        if source is not None:
-            return bool(source)
-    return getattr(model.generation_config, "use_cache", None) is not False
+    found = _setting(model, kwargs, config, "use_cache")
+    return found is None or bool(found)
+
+
+def _setting(model: Any, kwargs: dict[str, Any], config: Any, name: str) -> Any:
+    """What generate will use for `name`: the call's, the given config's, the model's, else None."""
+    sources = (
+        kwargs.get(name),
+        getattr(config, name, None),
+        getattr(model.generation_config, name, None),
+    )
+    return next((source for source in sources if source is not None), None)
 
 
 def _continues(model: Any, given: dict[str, Any], config: Any) -> bool:

@@ -14,6 +14,7 @@ from laws import (
     everything,
     generate,
     inputs_of,
+    prefills_in_chunks,
     shared_model,
 )
 from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
@@ -155,6 +156,7 @@ def test_a_stopping_criterion_stops(fields):
     assert out.sequences.tolist() == whole.sequences[:, :-5].tolist()
 
 
+@prefills_in_chunks
 @pytest.mark.parametrize("rows", BATCHES)
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_chunked_prefill_is_token_identical_at_retention_one(name, rows):
@@ -165,6 +167,7 @@ def test_chunked_prefill_is_token_identical_at_retention_one(name, rows):
         assert_same_run(generate(model, inputs, prefill_chunk_size=7), plain, what=name)
 
 
+@prefills_in_chunks
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_each_chunk_of_a_prefill_is_a_span_of_its_own(name):
     model = shared_model(name)

@@ -12,6 +12,7 @@ from laws import (
     everything,
     generate,
     inputs_of,
+    prefills_in_chunks,
     rows_of,
     shared_model,
 )
@@ -178,7 +179,7 @@ def assert_steps_are(full, out, prompt, what):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("chunk", [None, 11])
+@pytest.mark.parametrize("chunk", [None, pytest.param(11, marks=prefills_in_chunks)])
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_a_loop_serves_a_later_turn(name, chunk):
     if name == "gemma3" and chunk is not None:

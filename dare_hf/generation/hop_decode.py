@@ -24,6 +24,7 @@ from transformers.generation import (
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
+from dare_hf.compat import span_inputs
 from dare_hf.errors import DareInputError
 from dare_hf.generation.hop_block import Block, Carried
 from dare_hf.hops import counters_of
@@ -205,6 +206,7 @@ class Decoding:
             is_first_iteration=True,
             **{name: value for name, value in kwargs.items() if name not in dropped},
         )
+        inputs = span_inputs(self.model, inputs, kwargs)
         # Text and images by the rules of a prompt: ids, and the vectors put in.
         vision = torch.isin(block.ids, self._vision(block.ids)) | block.places
         if self.host.slides and not bool(block.mask.all()) and self.call.recorder is not None:
