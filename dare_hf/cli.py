@@ -16,6 +16,8 @@ from dare_hf.errors import DareError, UnsupportedModelError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from dare_hf.demo.runner import Runner
+
 app = typer.Typer(
     name="dare-hf",
     help="Dynamic and asymmetric token routing for vision-language models of transformers.",
@@ -32,6 +34,13 @@ class DemoModel(StrEnum):
 
     anole = "anole"
     volcano = "volcano"
+
+
+class Split(StrEnum):
+    """Splits that hold nothing a model was trained on."""
+
+    easy = "easy"
+    hard = "hard"
 
 
 @contextmanager
@@ -61,55 +70,160 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         yield tell
 
 
+def _embedded(name: str) -> Runner:
+    """An embedded model, ready on one thread."""
+    import torch
+    from transformers.utils import logging
+
+    from dare_hf.demo import embedded
+
+    torch.set_num_threads(1)  # so small a model's threads would only wait for each other
+    logging.disable_progress_bar()
+    return embedded.load_runner(name)
+
+
 @app.command()
 def demo(
     model: Annotated[DemoModel, typer.Option(help="Embedded model.")] = DemoModel.anole,
     n: Annotated[int, typer.Option(min=1, help="Held-out items to solve.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the items.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder of the picture.")] = Path("demo-output"),
+    out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = Path("demo-output"),
     hard: Annotated[bool, typer.Option(help="Harder items than the model was trained on.")] = False,
-    safe: Annotated[
-        bool, typer.Option(help='The preset "safe" instead of the rates measured for this model.')
+    adapter: Annotated[
+        str | None, typer.Option(help="Of the DARE side: dare-lh (default), dare-l, or a folder.")
+    ] = None,
+    training_free: Annotated[
+        bool, typer.Option(help="Instead: rates measured one layer at a time, nothing trained.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Items of a generate call.")] = 25,
+    safe: Annotated[
+        bool, typer.Option(help='Instead: the preset "safe", nothing trained.')
+    ] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Items of a generate call; by default at most 100.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON line on stdout, all else on stderr.")
     ] = False,
 ) -> None:
-    """Solve held-out items with and without DARE; print a table, write a picture.
+    """Solve held-out items with and without DARE; print a table, write two pictures.
 
     anole reads a drawn maze and answers in steps, each a text and a drawn image, which ends a hop.
     volcano answers a question about a scene: it writes a box, which ends a hop, and looks again at
-    that part of the picture. With DARE they run at the rates shipped beside them, found by pruning
-    one layer at a time on training items. Everything runs offline on the CPU.
+    that part of the picture.
+
+    The full side is the plain model, without LoRA. The DARE side has the shipped adapter on it:
+    trained routers and the LoRA that was trained with them. Everything runs offline on the CPU.
     """
     with _one_line_errors():
-        import torch
         from rich.console import Console
-        from transformers.utils import logging
 
-        from dare_hf.demo import comparison, embedded, picture
+        from dare_hf.demo import arms, comparison, picture, rates_picture
 
-        torch.set_num_threads(1)  # so small a model's threads would only wait for each other
-        logging.disable_progress_bar()
         console = Console(stderr=as_json)
-        runner = embedded.load_runner(model.value)
+        runner = _embedded(model.value)
         split = "hard" if hard else "easy"
         items = runner.sample(n, split, seed)
-        choose = embedded.safe_config if safe else embedded.demo_config
-        config = choose(runner.processor, model.value)
+        arm = arms.choose_arm(
+            model.value,
+            runner.processor,
+            (runner.delimiter(runner.processor),),
+            adapter=adapter or (None if training_free or safe else arms.DEFAULT_ADAPTER),
+            training_free=training_free,
+            safe=safe,
+        )
         with _progress() as tell:
-            result = comparison.compare(runner, items, config, batch_size=batch_size, progress=tell)
+            result = comparison.compare(runner, items, arm, batch_size=batch_size, progress=tell)
         title = f"{runner.folder}: {n} held-out {runner.items} ({split} split, seed {seed})"
         console.print(comparison.table(result, title, runner.detail))
+        console.print(f"full: the plain model. DARE: {arm.name}, {arm.parts}", highlight=False)
         if runner.plain_note:
             console.print(runner.plain_note, highlight=False)
         out.mkdir(parents=True, exist_ok=True)
-        figure = picture.draw(runner, items, config)
-        figure.savefig(out / picture.PICTURE, dpi=150)
-        console.print(f"picture: {out / picture.PICTURE}", soft_wrap=True, highlight=False)
+        caption = f"What each layer holds: {arm.name}, mean over {n} {runner.items}"
+        figures = {
+            picture.PICTURE: picture.draw(runner, items, arm),
+            rates_picture.PICTURE: rates_picture.draw_rates(result.retention, caption),
+        }
+        for name, figure in figures.items():
+            figure.savefig(out / name, dpi=150)
+            console.print(f"picture: {out / name}", soft_wrap=True, highlight=False)
         if as_json:
             sys.stdout.write(json.dumps(result.to_dict()) + "\n")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[DemoModel, typer.Option(help="Embedded model.")] = DemoModel.anole,
+    task: Annotated[
+        str | None, typer.Option(help="maze (default of anole), frozen_lake, ghost; scene.")
+    ] = None,
+    split: Annotated[Split, typer.Option(help="Held-out items; hard: larger than trained.")] = (
+        Split.easy
+    ),
+    n: Annotated[int, typer.Option(min=1, help="Items.")] = 500,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the items.")] = 0,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="dare-lh or dare-l as shipped, with its LoRA, or a folder of `train`."),
+    ] = None,
+    lora: Annotated[
+        Path | None, typer.Option(help="Folder of a LoRA; beside an adapter: instead of its own.")
+    ] = None,
+    training_free: Annotated[
+        bool, typer.Option(help="Rates measured one layer at a time, nothing trained.")
+    ] = False,
+    safe: Annotated[bool, typer.Option(help='The preset "safe", nothing trained.')] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Items of a generate call; by default at most 100.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON line on stdout, all else on stderr.")
+    ] = False,
+) -> None:
+    """Measure an embedded model on held-out items of a task, pruned in one way or not at all.
+
+    Accuracy with its 95 % Wilson interval, answers that do not parse, FLOPs and KV bytes as shares
+    of the same tokens' unpruned, what was held of text and vision when each hop began, seconds.
+    Without --adapter, --training-free or --safe nothing is pruned. Hops end where the task ends
+    them. In the JSON line, "right" has a 1 or 0 for each item, to compare runs item by item.
+    """
+    with _one_line_errors():
+        from rich.console import Console
+
+        from dare_hf.demo import arms
+        from dare_hf.evaluation import measurement, suite
+        from dare_hf.evaluation.table import table
+
+        runner = _embedded(model.value)
+        chosen = suite.task_of(task, runner.folder)
+        arm = arms.choose_arm(
+            model.value,
+            runner.processor,
+            chosen.delimiters(runner.processor),
+            adapter=adapter,
+            lora=lora,
+            training_free=training_free,
+            safe=safe,
+        )
+        items = chosen.sample(n, split.value, seed)
+        with _progress() as tell:
+            result = measurement.measure(
+                runner.model,
+                runner.processor,
+                chosen,
+                arm,
+                items,
+                batch_size=batch_size,
+                progress=lambda done, total: tell(chosen.name, done, total),
+            )
+        what = f"{chosen.name} ({split.value} split, seed {seed}), {n} items"
+        title = f"{runner.folder}, {arm.name} ({arm.parts}): {what}"
+        Console(stderr=as_json).print(table(result, title, chosen.detail))
+        if as_json:
+            about = {"model": runner.folder, "task": chosen.name, "split": split.value}
+            ran = {"seed": seed, "arm": arm.name, "parts": arm.parts}
+            setting = measurement.setting(runner.model)
+            sys.stdout.write(json.dumps(about | ran | result.to_dict() | setting) + "\n")
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """What holds for every test: no hub, no sockets, one thread a worker, a fixed seed."""
 
 import os
+from pathlib import Path
 
 # Before transformers is imported anywhere: it reads these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -29,3 +30,23 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def trained_volcano(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Routers and a LoRA of dare-tiny-volcano after two steps, as `dare-hf train` leaves them."""
+    from trained_pair import train_pair
+
+    return train_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture
+def shipped(trained_volcano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That pair, found as dare-l and dare-lh of the installed package."""
+    from trained_pair import ship
+
+    from dare_hf import assets
+
+    ship(trained_volcano, tmp_path / "assets", assets._HERE)
+    monkeypatch.setattr(assets, "_HERE", tmp_path / "assets")
+    return trained_volcano

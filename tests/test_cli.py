@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from dare_hf import cli
 from dare_hf.testing import tiny_model
 
-WORDS_OF_HELP = ("demo", "info", "bench")
+WORDS_OF_HELP = ("demo", "eval", "info", "bench")
 JSON_KEYS = [
     "n",
     "accuracy_full",
@@ -39,6 +39,7 @@ def _comparison(n: int) -> object:
     return Comparison(
         Side(score, 10**10, 2_000_000, 500, 2.0, 0.98),
         Side(score, 4 * 10**9, 10**6, 500, 1.0, 0.98),
+        [[{"vision": 0.4, "text": 0.7}]],
     )
 
 
@@ -48,7 +49,7 @@ def fake_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     from dare_hf.demo import comparison, embedded, picture
     from dare_hf.visualize import plot_retention
 
-    def compare(runner, items, config, *, progress, **rest):
+    def compare(runner, items, arm, *, progress, **rest):
         progress("full", len(items), len(items))
         return _comparison(len(items))
 
@@ -78,25 +79,26 @@ def test_start_loads_neither_tasks_nor_pictures() -> None:
 
 @pytest.mark.usefixtures("fake_demo")
 def test_demo_json_is_one_line_alone_on_stdout(tmp_path: Path) -> None:
-    done = _run("demo", "--n", "4", "--json", "--out", str(tmp_path / "new"))
+    done = _run("demo", "--training-free", "--n", "4", "--json", "--out", str(tmp_path / "new"))
     assert done.exit_code == 0, done.stderr
     assert done.stdout.count("\n") == 1
     result = json.loads(done.stdout)
     assert list(result) == JSON_KEYS
     assert (result["n"], result["flops_ratio"], result["kv_ratio"]) == (4, 0.4, 0.5)
     assert "accuracy" in done.stderr
-    assert list((tmp_path / "new").glob("*.png"))
+    assert len(list((tmp_path / "new").glob("*.png"))) == 2
 
 
 @pytest.mark.usefixtures("fake_demo")
 def test_demo_prints_a_table_with_ratios(tmp_path: Path) -> None:
-    done = _run("demo", "--n", "4", "--hard", "--out", str(tmp_path))
+    done = _run("demo", "--safe", "--n", "4", "--hard", "--out", str(tmp_path))
     assert done.exit_code == 0, done.stderr
     lines = done.stdout.splitlines()
     ratios = {"accuracy ": "1.00", "GFLOPs": "0.40", "KV cache": "0.50", "seconds": "0.50"}
     for name, ratio in ratios.items():
         assert any(name in line and ratio in line for line in lines), done.stdout
     assert "hard split" in done.stdout
+    assert "full: the plain model. DARE: safe, pruning without training" in done.stdout
     assert "{" not in done.stdout
 
 
@@ -118,6 +120,21 @@ def test_demo_without_a_model_s_files_is_one_line(
     assert done.exit_code == cli.REFUSED
     assert len(done.stderr.strip().splitlines()) == 1
     assert "dare-tiny-volcano" in done.stderr
+
+
+@pytest.mark.usefixtures("fake_demo", "shipped")
+def test_demo_has_the_shipped_adapter_unless_told_otherwise(tmp_path: Path) -> None:
+    done = _run("demo", "--model", "volcano", "--n", "4", "--out", str(tmp_path))
+    assert done.exit_code == 0, done.stderr
+    assert "DARE: dare-lh, trained routers and a LoRA, merged" in done.stdout
+    done = _run("demo", "--model", "volcano", "--adapter", "dare-l", "--out", str(tmp_path))
+    assert "DARE: dare-l, trained routers" in done.stdout
+    # The fixture ships nothing for anole: one line that says what to do.
+    done = _run("demo", "--out", str(tmp_path))
+    assert done.exit_code == cli.REFUSED
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "there is none" in done.stderr
+    assert "--training-free" in done.stderr
 
 
 def test_demo_refuses_no_items() -> None:

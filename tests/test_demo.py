@@ -8,7 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dare_hf import DareConfig
 from dare_hf.demo import embedded
+from dare_hf.demo.rates_picture import draw_rates
 from dare_hf.errors import DareConfigError, DareStateError
+from dare_hf.evaluation import Arm, trained_arm
 from dare_hf.testing import tiny_inputs, tiny_model
 
 END_OF_IMAGE = 8
@@ -100,6 +102,35 @@ def test_unknown_and_missing_models_are_refused(
             embedded.load_embedded(name)
 
 
+def test_the_full_side_is_the_model_without_the_adapters(trained_volcano) -> None:
+    from dare_hf.demo.comparison import compare
+
+    runner = embedded.load_runner("volcano")
+    before = {name: tensor.clone() for name, tensor in runner.model.state_dict().items()}
+    ends = (runner.delimiter(runner.processor),)
+    items = runner.sample(1, "easy", seed=3)
+    result = compare(runner, items, trained_arm("pair", trained_volcano, delimiters=ends))
+    assert result.full.score == runner.score(runner.solve(items))
+    assert result.full.score.accuracy == 1.0
+    # The LoRA of the pair is random: nothing it writes is right.
+    assert result.dare.detail < result.full.detail
+    assert 0 < result.to_dict()["kv_ratio"] < 1
+    assert all(0 < layer["vision"] < 1 for layer in result.retention[0])
+    after = runner.model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert not {"_dare", "peft_config"} & set(vars(runner.model))
+
+
+def test_the_picture_of_rates_has_a_cell_for_each_hop_and_layer() -> None:
+    layer = {"vision": 0.25, "text": None}
+    figure = draw_rates([[layer] * 3] * 2, "held")
+    vision, text = figure.axes[:2]
+    assert vision.images[0].get_array().shape == text.images[0].get_array().shape == (3, 2)
+    assert [cell.get_text() for cell in vision.texts] == ["25%"] * 6
+    assert not text.texts, "where there is no token, nothing is stated"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(embedded.RUNNERS))
 def test_both_sides_count_the_same_when_nothing_is_pruned(name: str) -> None:
@@ -116,7 +147,7 @@ def test_both_sides_count_the_same_when_nothing_is_pruned(name: str) -> None:
     result = compare(
         runner,
         runner.sample(3, "easy", seed=3),
-        everything,
+        Arm("everything", everything),
         batch_size=2,
         progress=lambda side, done, total: told.append((side, done, total)),
     )
@@ -125,6 +156,7 @@ def test_both_sides_count_the_same_when_nothing_is_pruned(name: str) -> None:
     assert result.full.sampled == result.dare.sampled
     assert result.full.flops == result.dare.flops
     assert result.full.kv_bytes == result.dare.kv_bytes
+    assert {x for hop in result.retention for y in hop for x in y.values()} <= {1.0, None}
     sides = [(side, done, 3) for side in ("full", "DARE") for done in (0, 2, 3)]
     assert told == sides
 
@@ -136,7 +168,7 @@ def test_picture_has_a_column_for_each_hop(name: str) -> None:
 
     runner = embedded.load_runner(name)
     config = embedded.demo_config(runner.processor, name)
-    figure = draw(runner, runner.sample(8, "easy", seed=1), config)
+    figure = draw(runner, runner.sample(8, "easy", seed=1), Arm("training-free", config))
     top, bottom = figure.subfigs
     assert len(bottom.axes) == 3
     assert [axes.get_title().split()[0] for axes in bottom.axes] == ["early", "middle", "late"]

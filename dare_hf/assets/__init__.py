@@ -1,4 +1,8 @@
-"""Embedded models, loaded from the installed package without a network."""
+"""Embedded models and their adapters, loaded from the installed package without a network.
+
+Adapters lie beside the weights: `<model>/adapters/<name>/dare` holds the routers, `lora` the LoRA
+they were trained with, `recipe.yaml` and `training_log.jsonl` say how.
+"""
 
 from pathlib import Path
 
@@ -20,3 +24,32 @@ def model_path(name: str) -> Path:
     if name not in known:
         raise DareInputError(f"name: expected one of {known}, got {name!r}")
     return _HERE / name
+
+
+def adapter_names(model: str) -> list[str]:
+    """The adapters shipped for an embedded model, sorted.
+
+    Raises:
+        DareInputError: No such model is embedded.
+    """
+    found = (model_path(model) / "adapters").glob("*/dare/adapter_config.json")
+    return sorted(path.parents[1].name for path in found)
+
+
+def adapter_path(model: str, name: str) -> Path:
+    """Directory of a shipped adapter: `dare/`, and `lora/` where one was trained with it.
+
+    Args:
+        model: A directory name such as "dare-tiny-anole".
+        name: An adapter such as "dare-lh".
+
+    Raises:
+        DareInputError: No such model is embedded, or no such adapter is shipped for it.
+    """
+    known = adapter_names(model)
+    if name not in known:
+        raise DareInputError(
+            f"adapter: expected one shipped for {model} ({', '.join(known) or 'there is none'}), "
+            f"got {name!r}"
+        )
+    return model_path(model) / "adapters" / name

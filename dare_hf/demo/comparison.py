@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dare_hf import DareConfig, apply_dare, remove_dare
 from dare_hf.demo.cost import ReportedCost
+from dare_hf.evaluation.measurement import default_batch_size
 from dare_hf.report import amount, ratio
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from dare_hf.demo.cost import Cost
     from dare_hf.demo.runner import Runner
+    from dare_hf.evaluation.arm import Arm
+    from dare_hf.evaluation.costs import Retention
 
 _WARM_UP_ITEMS = 2
 
@@ -44,10 +46,17 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both runs over the same items."""
+    """Both runs over the same items.
+
+    Attributes:
+        full: The plain model, without DARE and without a LoRA.
+        dare: The model with the arm on it.
+        retention: `[hop][layer][modality]` share held when a hop began, of the DARE side.
+    """
 
     full: Side
     dare: Side
+    retention: Retention
 
     def to_dict(self) -> dict[str, float]:
         """What `dare-hf demo --json` prints."""
@@ -65,32 +74,32 @@ class Comparison:
 def compare(
     runner: Runner,
     items: Sequence[Any],
-    config: DareConfig,
+    arm: Arm,
     *,
-    batch_size: int = 25,
+    batch_size: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Comparison:
-    """Solves the items without DARE, then with DARE; the model is left plain.
+    """Solves the items with the plain model, then with an arm on a copy of it.
 
     FLOPs and KV bytes of the DARE side are its reports'; those of the side without are counted from
     the tokens it processed (`Runner.plain_cost`). On both sides a row that ended before its batch
     did is fed pad ids as transformers does it, and they count.
 
     Args:
-        runner: An embedded model without DARE.
+        runner: An embedded model without DARE; it stays as it is.
         items: At least one.
-        config: Of the DARE side.
-        batch_size: Rows of a generate call.
+        arm: Of the DARE side; it prunes.
+        batch_size: Rows of a generate call; None: `default_batch_size`.
         progress: Called with ("full" or "DARE", items done, items in all).
     """
-    run = _Run(runner, items, batch_size, progress)
-    full = run.side("full", runner.plain_cost(runner.sampled_columns))
-    apply_dare(runner.model, config)
-    try:
-        dare = run.side("DARE", ReportedCost(runner.model, runner.sampled_columns))
-    finally:
-        remove_dare(runner.model)
-    return Comparison(full, dare)
+    size = batch_size or default_batch_size(len(items))
+    full = _Run(runner, items, size, progress).side(
+        "full", runner.plain_cost(runner.sampled_columns)
+    )
+    armed = runner.with_arm(arm)
+    cost = ReportedCost(armed.model, armed.sampled_columns)
+    dare = _Run(armed, items, size, progress).side("DARE", cost)
+    return Comparison(full, dare, cost.totals.retention)
 
 
 @dataclass(frozen=True)

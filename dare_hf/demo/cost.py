@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dare_hf import accounting, last_report
+from dare_hf import accounting
 from dare_hf.adapters.registry import locate
+from dare_hf.evaluation.costs import ReportTotals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,14 +20,18 @@ class Cost(Protocol):
     """Totals over generate calls.
 
     Attributes:
-        flops: FLOPs of decoder layers, scorers and lm_head.
-        kv_bytes: Bytes of the caches at the end of each call.
         sampled: Tokens sampled, pads fed to rows that had ended among them.
     """
 
-    flops: int
-    kv_bytes: int
     sampled: int
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of decoder layers, scorers and lm_head."""
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the caches at the end of each call."""
 
     def __call__(self, batch: BatchOutput) -> None:
         """Adds one call."""
@@ -65,15 +70,26 @@ class ReportedCost:
     Args:
         model: The model.
         columns: Sampled columns of a call.
+
+    Attributes:
+        totals: The reports' sums, and what was held at each hop.
     """
 
     def __init__(self, model: Any, columns: SampledColumns) -> None:
-        self.model, self.columns = model, columns
-        self.flops = self.kv_bytes = self.sampled = 0
+        self.totals, self.columns = ReportTotals(model), columns
+        self.sampled = 0
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of decoder layers, scorers and lm_head."""
+        return sum(self.totals.flops.values())
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the caches at the end of each call."""
+        return self.totals.kv_bytes
 
     def __call__(self, batch: BatchOutput) -> None:
         """Adds one call."""
-        report = last_report(self.model)
-        self.flops += sum(report.flops.values())
-        self.kv_bytes += report.kv_bytes
+        self.totals(batch)
         self.sampled += self.columns(batch) * len(batch.indices)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.generation.streamers import BaseStreamer
 
-from dare_hf import DareCache, DareConfig, apply_dare, remove_dare
+from dare_hf import DareCache
 from dare_hf.visualize import held_patches, plot_retention, stored_columns
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dare_hf.demo.runner import Runner
+    from dare_hf.evaluation.arm import Arm
 
 PICTURE = "retention.png"
 
@@ -56,24 +57,20 @@ class HopWatch(BaseStreamer):
         """Nothing is held back."""
 
 
-def draw(runner: Runner, items: Sequence[Any], config: DareConfig) -> Figure:
+def draw(runner: Runner, items: Sequence[Any], arm: Arm) -> Figure:
     """Solves one of the items with DARE and draws what the cache held at each hop.
 
     Args:
-        runner: An embedded model without DARE; it is left so.
+        runner: An embedded model without DARE; it stays so.
         items: The runner chooses one that shows something.
-        config: Its `hop_delimiters` are the runner's.
+        arm: It prunes, and ends hops where the runner does.
     """
     item = runner.picture(items)
     cache, batches = DareCache(), []
     watch = HopWatch(cache, runner.delimiter(runner.processor))
-    apply_dare(runner.model, config)
-    try:
-        solution = runner.solve(
-            [item], on_batch=batches.append, past_key_values=cache, streamer=watch
-        )[0]
-    finally:
-        remove_dare(runner.model)
+    solution = runner.with_arm(arm).solve(
+        [item], on_batch=batches.append, past_key_values=cache, streamer=watch
+    )[0]
     ids = [*batches[0].inputs["input_ids"][0].tolist(), *solution.ids]
     columns = runner.image_columns(ids)
     held = [

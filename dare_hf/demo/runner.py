@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from dare_hf.demo.cost import PlainCost
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dare_hf.demo.cost import Cost
+    from dare_hf.evaluation.arm import Arm
     from dare_hf.tasks.mvot import BatchOutput
 
 
@@ -20,7 +21,7 @@ class Runner(ABC):
     """One embedded model at its task.
 
     Args:
-        model: The model, without DARE.
+        model: The model.
         processor: Its processor.
     """
 
@@ -35,6 +36,10 @@ class Runner(ABC):
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor = model, processor
+
+    def with_arm(self, arm: Arm) -> Self:
+        """The same with an arm on a copy of the model."""
+        return type(self)(arm.on(self.model), self.processor)
 
     @staticmethod
     @abstractmethod

@@ -1,0 +1,79 @@
+"""The tasks that embedded models are measured on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dare_hf.errors import DareInputError
+from dare_hf.tasks import frozen_lake, ghost, ghost_run, maze, mvot, scene, vocot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: its items, how a model solves them, and what counts.
+
+    Attributes:
+        name: Its name on the command line.
+        model: The embedded model that learned it.
+        sample: (n, split, seed) -> items.
+        solve: (model, processor, items, batch_size, on_batch=, progress=) -> solutions.
+        score: Solutions -> totals with `accuracy`, `accuracy_interval`, `unparsed`.
+        delimiters: Processor -> the ids that end a hop here.
+        detail: The field of the score that says how good thoughts are; None where none are scored.
+    """
+
+    name: str
+    model: str
+    sample: Callable[[int, Any, int], list[Any]]
+    solve: Callable[..., list[Any]]
+    score: Callable[[Sequence[Any]], Any]
+    delimiters: Callable[[Any], tuple[int, ...]]
+    detail: str | None
+
+
+def _end_of_image(processor: Any) -> tuple[int, ...]:
+    return (processor.image_end_token_id,)
+
+
+def _end_of_box(processor: Any) -> tuple[int, ...]:
+    return (vocot.delimiter_id(processor),)
+
+
+_ANOLE, _VOLCANO = "dare-tiny-anole", "dare-tiny-volcano"
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("maze", _ANOLE, maze.sample, mvot.solve, mvot.score, _end_of_image, "images_right"),
+        Task(
+            "frozen_lake",
+            _ANOLE,
+            frozen_lake.sample,
+            mvot.solve,
+            mvot.score,
+            _end_of_image,
+            "images_right",
+        ),
+        Task(
+            "ghost", _ANOLE, ghost.sample, ghost_run.solve, mvot.score, ghost_run.delimiters, None
+        ),
+        Task("scene", _VOLCANO, scene.sample, vocot.solve, vocot.score, _end_of_box, "boxes_right"),
+    )
+}
+
+
+def task_of(name: str | None, model: str) -> Task:
+    """The task `name` of an embedded model; without a name its first.
+
+    Raises:
+        DareInputError: The model did not learn such a task.
+    """
+    learned = [task for task in TASKS.values() if task.model == model]
+    for task in learned:
+        if name in (None, task.name):
+            return task
+    known = ", ".join(task.name for task in learned)
+    raise DareInputError(f"task: expected one that {model} learned ({known}), got {name!r}")
