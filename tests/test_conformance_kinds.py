@@ -1,50 +1,66 @@
 """What is vision: frames of a video are, audio is a kind of its own that nobody prunes."""
 
+import inspect
+
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from dare_hf import DareCache
-from dare_hf.conformance.laws import hops, identity, oracle
+from dare_hf.adapters import SPECS
+from dare_hf.conformance import architectures
 from dare_hf.conformance.subject import Subject
-from dare_hf.testing.models import IMAGE_END_ID, IMAGE_START_ID, VIDEO_ID
-from dare_hf.testing.samples import Batch
+from dare_hf.testing.clips import FRAMES, clip_of
+from dare_hf.testing.families import family_of
+from dare_hf.testing.models import VIDEO_ID
 
 AUDIO_ID = 7
-FRAMES, SIDE = 2, 4
-"""Grid of the video: two pairs of frames of four by four patches, merged two by two."""
 
 
-def video_batch(model, rows: int) -> Batch:
-    """Left-padded prompts: the first has a video, the others text alone, and all other lengths."""
-    vision = model.config.vision_config
-    generator = torch.Generator().manual_seed(3)
-    tokens = FRAMES * SIDE * SIDE // 4
-    video = [1, 20, 21, IMAGE_START_ID, *[VIDEO_ID] * tokens, IMAGE_END_ID, 31, 32, 33, 34, 35, 36]
-    prompts = [video] + [[1, *range(40, 48 + 2 * row)] for row in range(rows - 1)]
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    modality = torch.where(ids == VIDEO_ID, 1, 0)
-    for row, prompt in enumerate(prompts):
-        modality[row, : width - len(prompt)] = -1
-    flat = 3 * vision.temporal_patch_size * vision.patch_size**2
-    pixels = torch.randn(FRAMES * SIDE * SIDE, flat, generator=generator).to(model.dtype)
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": (modality >= 0).long(),
-        "mm_token_type_ids": torch.where(ids == VIDEO_ID, 2, 0),
-        "pixel_values_videos": pixels,
-        "video_grid_thw": torch.tensor([[FRAMES, SIDE, SIDE]]),
-    }
-    return Batch(inputs, modality.to(torch.int8))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(SPECS) & set(architectures())))
+def test_every_architecture_that_takes_frames_is_shown_frames(name):
+    kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[CONFIG_MAPPING[name]]
+    takes = "pixel_values_videos" in inspect.signature(kind.forward).parameters
+    assert (clip_of(name) is not None) == takes
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
-def test_frames_of_a_video_are_vision_and_keep_their_places_in_time(name):
-    subject = Subject.of(name)
-    model = subject.model
-    subject.batches = {"alone": video_batch(model, 1), "padded": video_batch(model, 3)}
-    for law in (identity, oracle, hops):
-        law(subject)
+def test_every_architecture_is_shown_rows_with_0_1_and_3_pictures():
+    shown = {name: family_of(name) for name in set(SPECS) & set(architectures())}
+    assert {name for name, family in shown.items() if not family.sees} == {"mistral4"}
+    assert {family.images for family in shown.values()} == {(0, 1, 3)}
+
+
+def test_frames_keep_their_places_in_time():
+    """The frames of one video differ in time alone, and what is stored of them are these places."""
+    subject = Subject.of("qwen2_vl")
+    batch = subject.batches["video"]
+    frames = batch.inputs["input_ids"][0] == VIDEO_ID
+    given = subject.model.model.compute_3d_position_ids(
+        input_ids=batch.inputs["input_ids"],
+        inputs_embeds=None,
+        attention_mask=batch.inputs["attention_mask"],
+        image_grid_thw=batch.inputs["image_grid_thw"],
+        video_grid_thw=batch.inputs["video_grid_thw"],
+        mm_token_type_ids=batch.inputs["mm_token_type_ids"],
+    )
+    assert given[0, 0, frames].unique().numel() == FRAMES
+    seen = []
+
+    def watch(layer, args, kwargs):
+        seen.append(kwargs["position_embeddings"][0])  # the cosines, [B, kept, d]
+
+    layer = subject.model.model.language_model.layers[-1]
+    with subject.dare(text_retention=1.0, vision_retention=0.5):
+        handle = layer.self_attn.register_forward_pre_hook(watch, with_kwargs=True)
+        cache = DareCache()
+        subject.forward(batch, past_key_values=cache, use_cache=True)
+        handle.remove()
+    held = cache.layer(len(cache.layers) - 1).positions()
+    rotary = subject.model.model.language_model.rotary_emb(seen[0], given)[0]
+    for row, columns in enumerate(held):
+        real = columns >= 0
+        assert torch.equal(seen[0][row, real], rotary[row, columns[real]])
 
 
 def test_audio_is_never_pruned_unless_it_is_called_vision():

@@ -15,9 +15,10 @@ from dare_hf.cache import DareCache
 from dare_hf.config import DareConfig
 from dare_hf.conformance.subject import NEW_TOKENS, SCORER, content_scores
 from dare_hf.routing.retention import build_table
+from dare_hf.testing.families import family_of
 from dare_hf.testing.hop_oracle import HopRules, hop_forward
 from dare_hf.testing.oracle import OracleRouting, decoder_layers, masked_forward, oracle_forward
-from dare_hf.testing.samples import batch_of
+from dare_hf.testing.samples import batch_of, samples
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -146,26 +147,34 @@ def _bytes(subject: Subject, cache: DareCache, what: str) -> None:
 
 def padding(subject: Subject) -> None:
     """Law 3: a row alone is the row in a batch, also with more padding and in another order."""
+    family = family_of(subject.model.config.model_type)
     rows, order = subject.rows, [2, 0, 1]
-    wide = subject.batches["padded"].modality.shape[1] + 5
+    if family.separate:
+        rows = samples(subject.model, family.separate)
+    padded = batch_of(subject.model, rows)
+    wide = padded.modality.shape[1] + 5
     turned = batch_of(subject.model, [rows[place] for place in order], pad_to=wide)
+    single = [row for row in range(len(rows)) if rows[row].pictures or not family.needs_picture]
     with subject.dare(**PRUNED):
+        ours = {"padded": (subject.pruned["padded"], [0, 1, 2])}
+        if family.separate:
+            ours["padded"] = (subject.generate(padded), [0, 1, 2])
+        ours["turned"] = (subject.generate(turned), order)
         alone = {
-            row: subject.generate(batch_of(subject.model, [rows[row]]))
-            for row in range(len(rows))
-            if row != subject.alone
+            row: (subject.generate(batch_of(subject.model, [rows[row]])), 0)
+            for row in single
+            if family.separate or row != subject.alone
         }
-        turned = subject.generate(turned)
-    alone[subject.alone] = subject.pruned["alone"]
-    batches = {"padded": (subject.pruned["padded"], [0, 1, 2]), "turned": (turned, order)}
-    for name, (out, places) in batches.items():
+    if not family.separate:
+        alone[subject.alone] = (subject.pruned["alone"], 0)
+    for name, (out, places) in ours.items():
         for place, row in enumerate(places):
             what = f"law 3, {name}, row {row}"
-            ours = out.sequences[place, -NEW_TOKENS:].tolist()
-            theirs = alone[row].sequences[0, -NEW_TOKENS:].tolist()
-            hold(ours == theirs, f"{what}: other tokens")
-            for step, (left, right) in enumerate(zip(out.logits, alone[row].logits, strict=True)):
-                hold_close(subject, left[place], right[0], f"{what}, step {step}")
+            other, own = alone.get(row, (ours["padded"][0], row))
+            written = other.sequences[own, -NEW_TOKENS:].tolist()
+            hold(out.sequences[place, -NEW_TOKENS:].tolist() == written, f"{what}: other tokens")
+            for step, (left, right) in enumerate(zip(out.logits, other.logits, strict=True)):
+                hold_close(subject, left[place], right[own], f"{what}, step {step}")
 
 
 def hops(subject: Subject) -> None:

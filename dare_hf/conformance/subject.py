@@ -12,6 +12,7 @@ from dare_hf.adapters import locate
 from dare_hf.apply import apply_dare, remove_dare
 from dare_hf.config import DareConfig
 from dare_hf.scorers import register_scorer
+from dare_hf.testing.clips import clip_of
 from dare_hf.testing.families import family_of
 from dare_hf.testing.samples import Batch, Sample, batch_of, samples
 from dare_hf.testing.shrink import shrunk_model
@@ -72,6 +73,10 @@ class Subject:
                     "alone": batch_of(model, [rows[_alone(rows)]]),
                     "padded": batch_of(model, rows),
                 }
+                if (clip := clip_of(model_type)) is not None:
+                    beside = (0, 0, int(clip.beside_images))
+                    filmed = samples(model, beside, videos=(1, 0, 1), seed=1)
+                    batches["video"] = batch_of(model, filmed)
                 subject = cls(model, rows, batches, dtype == torch.float64)
                 if all(subject.runs(batch) for batch in batches.values()):
                     return subject
@@ -138,7 +143,7 @@ class Subject:
                 filler = 1 if name in ("attention_mask", *batch.suffix) else 0
                 inputs[name] = torch.nn.functional.pad(value, (0, new), value=filler)
         family = family_of(self.model.config.model_type)
-        for name in family.watched:
+        for name in (name for name in family.watched if name in inputs):
             last = inputs[name][:, -1:]
             inputs[name] = torch.cat([inputs[name], *[last] * new], dim=1)
         modality = torch.nn.functional.pad(batch.modality, (0, new), value=0)

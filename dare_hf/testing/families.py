@@ -30,14 +30,19 @@ class Family:
         config: Fields of the config that names do not tell, laid over the shrunk ones.
         sees: Whether prompts have pictures at all.
         images: Pictures of each row of the batch.
+        separate: Pictures of rows that have nothing to do with each other, where transformers
+            itself lets the rows of `images` reach each other.
+        needs_picture: Its generate takes no prompts without any picture beside them.
         tokens: Placeholders of a picture, where the model has no function that encodes one.
         positions: Whether forward takes the position ids that generate counts.
         encoded: Run the tower picture by picture, and give the model its features.
         flat: The features of a batch are one tensor, not one a picture.
         per_row: Pictures are stacked by row, and rows with fewer are filled with zeros.
+        blank: A batch without pictures has a blank one in each row.
         joins: At which dimension a tensor of several pictures is joined, where it is not 0.
         type_ids: Arguments that take 1 for image tokens, where the model's forward knows them.
-        watched: Masks [B, S, *shape] of the images that each token may attend to beside the text.
+        watched: Masks [B, S, pictures, *shape] of the pictures that each token may attend to beside
+            the text.
         zeros: Further arguments that are zero for every token.
         std: Standard deviation of the weights; smaller ones print one token for ever.
     """
@@ -46,11 +51,14 @@ class Family:
     config: Mapping[str, Any] = field(default_factory=dict)
     sees: bool = True
     images: tuple[int, ...] = (0, 1, 3)
+    separate: tuple[int, ...] | None = None
+    needs_picture: bool = False
     tokens: int | None = None
     positions: bool = True
     encoded: bool = False
     flat: bool = False
     per_row: bool = False
+    blank: bool = False
     joins: Mapping[str, int] = field(default_factory=dict)
     type_ids: tuple[str, ...] = ("mm_token_type_ids", "token_type_ids")
     watched: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -58,7 +66,9 @@ class Family:
     std: float = 0.24
 
 
-_STRIP = Family(pictures.strip, parts.MINICPM, joins={"pixel_values": -1})
+_STRIP = Family(
+    pictures.strip, parts.MINICPM, joins={"pixel_values": -1, "pixel_values_videos": -1}
+)
 
 FAMILIES: dict[str, Family] = {
     "aria": Family(
@@ -69,7 +79,7 @@ FAMILIES: dict[str, Family] = {
     "blip-2": Family(
         pictures.square,
         {**parts.QUERIES, "image_token_index": IMAGE_ID},
-        images=parts.ONE_EACH,
+        needs_picture=True,
         positions=False,
     ),
     "chameleon": Family(
@@ -152,10 +162,10 @@ FAMILIES: dict[str, Family] = {
                 "rope_parameters": {**parts.ROPE, "mrope_section": [1, 1, 1, 1]},
             }
         },
-        images=(2, 0, 0),  # transformers numbers the images over the whole batch
+        separate=(2, 0, 0),  # its positions number the images over the whole batch
     ),
     "idefics": Family(
-        pictures.stack, images=parts.ONE_EACH, tokens=0, watched={"image_attention_mask": (1,)}
+        pictures.stack, tokens=0, per_row=True, blank=True, watched={"image_attention_mask": ()}
     ),
     "idefics2": Family(
         pictures.stack,
@@ -166,14 +176,14 @@ FAMILIES: dict[str, Family] = {
     "instructblip": Family(
         pictures.asked(()),
         {**parts.QUERIES, "image_token_index": IMAGE_ID},
-        images=parts.ONE_EACH,
+        needs_picture=True,
         positions=False,
         std=0.32,
     ),
     "instructblipvideo": Family(
         pictures.asked((2,)),
         {**parts.QUERIES, "video_token_index": IMAGE_ID},
-        images=parts.ONE_EACH,
+        needs_picture=True,
         tokens=18,
         positions=False,
     ),
@@ -272,9 +282,10 @@ FAMILIES: dict[str, Family] = {
             },
             "text_config": {"num_hidden_layers": 5, "cross_attention_layers": [1, 3]},
         },
-        images=parts.ONE_EACH,
         tokens=0,
-        watched={"cross_attention_mask": (1, 4)},
+        per_row=True,
+        separate=(1, 3, 1),  # a row without pictures looks evenly at the blank ones of its batch
+        watched={"cross_attention_mask": (4,)},
     ),
     "molmo2": Family(
         pictures.pooled,

@@ -19,7 +19,10 @@ Picture = dict[str, "Tensor"]
 
 Draw = Callable[["PreTrainedModel", int, torch.Generator], Picture]
 
+FILM = -1
+"""The number of a picture that is a video of two frames."""
 _GRIDS = ((1, 6, 6), (1, 4, 8), (1, 8, 6))
+_FILM_GRID = (2, 4, 4)
 
 
 def _noise(model: PreTrainedModel, generator: torch.Generator, *shape: int) -> Tensor:
@@ -65,7 +68,7 @@ def deep_patches(model: PreTrainedModel, number: int, generator: torch.Generator
 def _patches(
     model: PreTrainedModel, number: int, generator: torch.Generator, depth: int
 ) -> Picture:
-    frames, height, width = _GRIDS[number % len(_GRIDS)]
+    frames, height, width = _FILM_GRID if number == FILM else _GRIDS[number % len(_GRIDS)]
     vision = _vision(model)
     flat = 3 * depth * vision.patch_size**2
     pixels = _noise(model, generator, frames * height * width, flat)
