@@ -118,6 +118,7 @@ def demo(
         from rich.console import Console
 
         from dare_hf.demo import arms, comparison, picture, rates_picture
+        from dare_hf.evaluation import suite
 
         console = Console(stderr=as_json)
         runner = _embedded(model.value)
@@ -126,7 +127,7 @@ def demo(
         arm = arms.choose_arm(
             model.value,
             runner.processor,
-            (runner.delimiter(runner.processor),),
+            suite.task_of(None, runner.folder).ends(runner.processor),
             adapter=adapter or (None if training_free or safe else arms.DEFAULT_ADAPTER),
             training_free=training_free,
             safe=safe,
@@ -184,8 +185,8 @@ def evaluate(
 
     Accuracy with its 95 % Wilson interval, answers that do not parse, FLOPs and KV bytes as shares
     of the same tokens' unpruned, what was held of text and vision when each hop began, seconds.
-    Without --adapter, --training-free or --safe nothing is pruned. Hops end where the task ends
-    them. In the JSON line, "right" has a 1 or 0 for each item, to compare runs item by item.
+    Without --adapter, --training-free or --safe nothing is pruned. In the JSON line, "right" has a
+    1 or 0 for each item, to compare runs item by item.
     """
     with _one_line_errors():
         from rich.console import Console
@@ -199,7 +200,7 @@ def evaluate(
         arm = arms.choose_arm(
             model.value,
             runner.processor,
-            chosen.delimiters(runner.processor),
+            chosen.ends(runner.processor),
             adapter=adapter,
             lora=lora,
             training_free=training_free,

@@ -54,7 +54,7 @@ def fake_demo(monkeypatch: pytest.MonkeyPatch) -> None:
         return _comparison(len(items))
 
     figure = plot_retention([Image.new("RGB", (56, 56))], [np.ones((3, 1, 7, 7), dtype=bool)])
-    tokenizer = SimpleNamespace(convert_tokens_to_ids=lambda token: 8)
+    tokenizer = SimpleNamespace(convert_tokens_to_ids=lambda token: 8, sep_token_id=9)
     processor = SimpleNamespace(image_end_token_id=7, tokenizer=tokenizer)
     monkeypatch.setattr(embedded, "load_embedded", lambda name: (None, processor))
     monkeypatch.setattr(comparison, "compare", compare)

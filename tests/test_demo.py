@@ -6,51 +6,33 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dare_hf import DareConfig
+from dare_hf import DareCache, DareConfig
 from dare_hf.demo import embedded
 from dare_hf.demo.rates_picture import draw_rates
 from dare_hf.errors import DareConfigError, DareStateError
 from dare_hf.evaluation import Arm, trained_arm
 from dare_hf.testing import tiny_inputs, tiny_model
 
-END_OF_IMAGE = 8
 
+@pytest.mark.parametrize("name", ["llava", "chameleon"])
+def test_hops_are_noted_in_their_first_forward(name: str) -> None:
+    from hop_runs import DELIMITER, closing
 
-class _FakeCache:
-    """Says how often it was asked as its length."""
-
-    def __init__(self) -> None:
-        self.asked = 0
-        self.stored = [SimpleNamespace(positions=lambda: torch.tensor([[0, 1, 2]]))]
-
-    def get_seq_length(self) -> int:
-        self.asked += 1
-        return self.asked
-
-
-def test_hops_are_noted_in_their_first_forward() -> None:
     from dare_hf.demo.picture import HopWatch
 
-    watch = HopWatch(_FakeCache(), END_OF_IMAGE)
-    watch.put(torch.tensor([[1, END_OF_IMAGE, 3]]))  # a delimiter in the prompt does not count
-    begun = []
-    for token in (5, END_OF_IMAGE, 6, 7, 7, END_OF_IMAGE, 9, 9):
-        watch.put(torch.tensor([token]))
-        begun.append(len(watch.states))
+    model = tiny_model(name)
+    inputs = tiny_inputs(model)
+    config = DareConfig(vision_retention=0.5, text_retention=0.8, hop_delimiters=(DELIMITER,))
+    cache = DareCache()
+    watch = HopWatch(cache)
+    armed = Arm("x", config).on(model)
+    closing(armed, inputs, [{2, 6}], streamer=watch, past_key_values=cache, max_new_tokens=12)
+    length = inputs["input_ids"].shape[1]
+    begun = [seen for seen, _ in watch.states]
     # After the prompt, and when the token after each delimiter has been processed.
-    assert begun == [1, 1, 1, 2, 2, 2, 2, 3]
-
-
-def test_injected_columns_open_their_hop() -> None:
-    from dare_hf.demo.picture import HopWatch
-
-    watch = HopWatch(_FakeCache(), END_OF_IMAGE)
-    watch.put(torch.tensor([[1, 2, 3]]))
-    begun = []
-    for tokens in (5, END_OF_IMAGE, [3, END_OF_IMAGE], 6, 7, 7, END_OF_IMAGE, [3], 9, 9):
-        watch.put(torch.tensor([tokens]))
-        begun.append(len(watch.states))
-    assert begun == [1, 1, 2, 2, 2, 2, 2, 3, 3, 3]
+    assert begun == [length, length + 4, length + 8]
+    held = [sum(map(len, stored)) for _, stored in watch.states]
+    assert held[0] < length * len(cache.stored)
 
 
 def test_image_columns_are_whole_images() -> None:
@@ -109,7 +91,7 @@ def test_the_full_side_is_the_model_without_the_adapters(trained_volcano) -> Non
     before = {name: tensor.clone() for name, tensor in runner.model.state_dict().items()}
     ends = (runner.delimiter(runner.processor),)
     items = runner.sample(1, "easy", seed=3)
-    result = compare(runner, items, trained_arm("pair", trained_volcano, delimiters=ends))
+    result = compare(runner, items, trained_arm("pair", trained_volcano, ends=ends))
     assert result.full.score == runner.score(runner.solve(items))
     assert result.full.score.accuracy == 1.0
     # The LoRA of the pair is random: nothing it writes is right.

@@ -26,7 +26,7 @@ from dare_hf.evaluation.costs import ReportTotals, by_hop
 from dare_hf.evaluation.measurement import default_batch_size
 from dare_hf.evaluation.suite import TASKS, task_of
 from dare_hf.report import DareReport
-from dare_hf.tasks import vocot
+from dare_hf.tasks import teaching, vocot
 from dare_hf.testing import tiny_model
 
 SCENE = TASKS["scene"]
@@ -46,7 +46,7 @@ def runner():
 
 @pytest.fixture(scope="module")
 def ends(runner):
-    return SCENE.delimiters(runner.processor)
+    return SCENE.ends(runner.processor)
 
 
 def _tensors(model) -> dict[str, torch.Tensor]:
@@ -66,7 +66,7 @@ def _assert_plain(model, before: dict[str, torch.Tensor]) -> None:
 
 def test_an_arm_is_put_on_a_copy(runner, ends, trained_volcano) -> None:
     before = _tensors(runner.model)
-    arm = trained_arm("two steps", trained_volcano, delimiters=ends)
+    arm = trained_arm("two steps", trained_volcano, ends=ends)
     armed = arm.on(runner.model)
     _assert_plain(runner.model, before)
     names = [name for name in armed.state_dict() if "lora" in name]
@@ -83,7 +83,7 @@ def test_a_merged_pair_writes_what_the_pair_of_adapters_writes(
     runner, ends, trained_volcano
 ) -> None:
     items = runner.sample(2, "easy", seed=5)
-    merged = trained_arm("pair", trained_volcano, delimiters=ends).on(runner.model)
+    merged = trained_arm("pair", trained_volcano, ends=ends).on(runner.model)
     pair = load_runner("volcano").model
     pair.load_adapter(str(trained_volcano / "lora"), "lora")
     pair.load_adapter(str(trained_volcano / "dare"), "dare")
@@ -104,9 +104,25 @@ def test_a_folder_of_routers_comes_without_the_lora_beside_it(trained_volcano) -
     assert trained_arm("given", trained_volcano / "dare", lora=other).lora == other
 
 
-def test_hops_end_where_the_task_ends_them(trained_volcano) -> None:
-    assert trained_arm("x", trained_volcano, delimiters=(5, 6)).config.hop_delimiters == (5, 6)
-    assert trained_arm("x", trained_volcano).config.hop_delimiters != (5, 6)
+def test_hops_end_where_the_adapter_learned_it_if_the_task_can_use_that(
+    trained_volcano, ends
+) -> None:
+    own = trained_arm("x", trained_volcano).config.hop_delimiters
+    assert own == ends
+    assert trained_arm("x", trained_volcano, ends=(3, *own)).config.hop_delimiters == own
+    added = trained_arm("x", trained_volcano, ends=(3, 4)).config.hop_delimiters
+    assert added == (*own, 3)
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_the_first_end_of_a_task_is_one_its_responses_hold(name: str) -> None:
+    task = TASKS[name]
+    runner = load_runner(task.model.removeprefix("dare-tiny-"))
+    item = task.sample(1, "easy", 0)[0]
+    batch = teaching.batch(runner.model, runner.processor, [item])
+    learned = batch["labels"][0][batch["labels"][0] != -100].tolist()
+    for end in task.ends(runner.processor):
+        assert end in learned
 
 
 def test_what_is_no_adapter_is_refused(tmp_path, trained_volcano) -> None:
@@ -253,7 +269,7 @@ def test_an_arm_that_keeps_everything_answers_as_the_plain_model(runner) -> None
 
 def test_an_adapter_prunes_and_leaves_the_model_plain(runner, ends, trained_volcano) -> None:
     before = _tensors(runner.model)
-    arm = trained_arm("two steps", trained_volcano, delimiters=ends)
+    arm = trained_arm("two steps", trained_volcano, ends=ends)
     items = runner.sample(1, "easy", seed=2)
     found = measure(runner.model, runner.processor, SCENE, arm, items)
     _assert_plain(runner.model, before)

@@ -20,7 +20,7 @@ DEFAULT_ADAPTER = "dare-lh"
 def choose_arm(
     model: str,
     processor: Any,
-    delimiters: Sequence[int],
+    ends: Sequence[int],
     *,
     adapter: str | None = None,
     lora: Path | None = None,
@@ -32,7 +32,7 @@ def choose_arm(
     Args:
         model: Name of an embedded model.
         processor: Its processor.
-        delimiters: What ends a hop in the task.
+        ends: Ids of which one has to end hops in the task; the first does where nothing is trained.
         adapter: A shipped adapter's name, or a folder that `dare-hf train` wrote.
         lora: Folder of a LoRA; with an adapter: instead of the LoRA beside it.
         training_free: The rates shipped beside the model, found without training.
@@ -48,12 +48,12 @@ def choose_arm(
         raise DareConfigError(f"expected one of {', '.join(asked)}; got {' and '.join(given)}")
     if adapter is not None:
         folder = _adapter_folder(runner_type(model).folder, adapter)
-        return trained_arm(Path(adapter).name, folder, lora=lora, delimiters=delimiters)
+        return trained_arm(Path(adapter).name, folder, lora=lora, ends=ends)
     tuned = None if lora is None else checked_lora(lora)
     if not given:
         return Arm("full" if tuned is None else "full with LoRA", lora=tuned)
     config = safe_config(processor, model) if safe else demo_config(processor, model)
-    config = replace(config, hop_delimiters=tuple(delimiters))
+    config = replace(config, hop_delimiters=(ends[0],))
     return Arm("safe" if safe else "training-free", config, lora=tuned)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.generation.streamers import BaseStreamer
 
 from dare_hf import DareCache
+from dare_hf.hops import counters_of
 from dare_hf.visualize import held_patches, plot_retention, stored_columns
 
 if TYPE_CHECKING:
@@ -30,27 +31,24 @@ class HopWatch(BaseStreamer):
 
     Args:
         cache: The cache of the run.
-        end_id: The id that ends a hop.
     """
 
-    def __init__(self, cache: DareCache, end_id: int) -> None:
-        self.cache, self.end_id = cache, end_id
-        self.tokens: list[int] | None = None  # since the prompt
+    def __init__(self, cache: DareCache) -> None:
+        self.cache = cache
+        self.hop: int | None = None
+        self.prompted = False
         self.states: list[tuple[int, list[np.ndarray]]] = []
 
     def put(self, value: Tensor) -> None:
         """Receives the prompt, then one token at a time, or a block of injected ones."""
-        if self.tokens is None:
-            self.tokens = []
+        if not self.prompted:
+            self.prompted = True
             return
-        injected = value.dim() == 2
-        # The newest sampled token is not processed yet, the one before it opened the hop, unless
-        # injected columns did.
-        begins = injected or not self.states or self.tokens[-2:-1] == [self.end_id]
-        self.tokens += value.flatten().tolist()
-        if injected:
-            self.tokens += [-1, -1]  # what was injected ends no hop
-        if begins:
+        # The hop whose begin the cache was last thinned for. The prompt is hop 0, and hop 1 begins
+        # with it: nothing was added between them.
+        hop = max(counters_of(self.cache).compacted[0], 1)
+        if hop != self.hop:
+            self.hop = hop
             self.states.append((self.cache.get_seq_length(), stored_columns(self.cache, 0)))
 
     def end(self) -> None:
@@ -63,11 +61,11 @@ def draw(runner: Runner, items: Sequence[Any], arm: Arm) -> Figure:
     Args:
         runner: An embedded model without DARE; it stays so.
         items: The runner chooses one that shows something.
-        arm: It prunes, and ends hops where the runner does.
+        arm: It prunes, and a hop of it ends with each thought.
     """
     item = runner.picture(items)
     cache, batches = DareCache(), []
-    watch = HopWatch(cache, runner.delimiter(runner.processor))
+    watch = HopWatch(cache)
     solution = runner.with_arm(arm).solve(
         [item], on_batch=batches.append, past_key_values=cache, streamer=watch
     )[0]

@@ -69,7 +69,7 @@ class Arm:
 
 
 def trained_arm(
-    name: str, folder: Path, *, lora: Path | None = None, delimiters: Sequence[int] | None = None
+    name: str, folder: Path, *, lora: Path | None = None, ends: Sequence[int] = ()
 ) -> Arm:
     """The arm of a trained adapter.
 
@@ -78,7 +78,8 @@ def trained_arm(
         folder: What `dare-hf train` wrote, with `dare/` in it, and `lora/` where one was trained;
             or the folder of a router adapter itself.
         lora: A LoRA instead of the one in `folder`.
-        delimiters: What ends a hop, instead of what the adapter says.
+        ends: Ids of which one has to end hops (see `Task.ends`): the first is added where the
+            adapter's own delimiters have none of them.
 
     Raises:
         DareInputError: There is no such adapter, or `lora` is none of peft's LoRA adapters.
@@ -92,8 +93,8 @@ def trained_arm(
             f"`dare-hf train` writes it; got {folder}"
         )
     config, _ = read_adapter(str(routers))
-    if delimiters is not None:
-        config = replace(config, hop_delimiters=tuple(delimiters))
+    if ends and not set(ends) & set(config.hop_delimiters):
+        config = replace(config, hop_delimiters=(*config.hop_delimiters, ends[0]))
     beside = folder / LORA
     if lora is None and routers != folder and beside.is_dir():
         lora = beside

@@ -84,7 +84,7 @@ def measure(
         model: A plain model that learned the task; it stays as it is.
         processor: Its processor.
         task: The task.
-        arm: What is measured. It ends hops where the task does: see `Task.delimiters`.
+        arm: What is measured. One of `Task.ends` ends its hops.
         items: At least one, of the task.
         batch_size: Rows of a generate call; None: `default_batch_size`.
         progress: Called with (items done, items in all).

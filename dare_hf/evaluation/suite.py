@@ -22,7 +22,8 @@ class Task:
         sample: (n, split, seed) -> items.
         solve: (model, processor, items, batch_size, on_batch=, progress=) -> solutions.
         score: Solutions -> totals with `accuracy`, `accuracy_interval`, `unparsed`.
-        delimiters: Processor -> the ids that end a hop here.
+        ends: Processor -> the ids of which one has to end hops here; the first does where nothing
+            else is said.
         detail: The field of the score that says how good thoughts are; None where none are scored.
     """
 
@@ -31,12 +32,13 @@ class Task:
     sample: Callable[[int, Any, int], list[Any]]
     solve: Callable[..., list[Any]]
     score: Callable[[Sequence[Any]], Any]
-    delimiters: Callable[[Any], tuple[int, ...]]
+    ends: Callable[[Any], tuple[int, ...]]
     detail: str | None
 
 
-def _end_of_image(processor: Any) -> tuple[int, ...]:
-    return (processor.image_end_token_id,)
+def _end_of_step(processor: Any) -> tuple[int, ...]:
+    """The end of the drawn image, or the separator that follows it."""
+    return (processor.image_end_token_id, processor.tokenizer.sep_token_id)
 
 
 def _end_of_box(processor: Any) -> tuple[int, ...]:
@@ -47,14 +49,14 @@ _ANOLE, _VOLCANO = "dare-tiny-anole", "dare-tiny-volcano"
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("maze", _ANOLE, maze.sample, mvot.solve, mvot.score, _end_of_image, "images_right"),
+        Task("maze", _ANOLE, maze.sample, mvot.solve, mvot.score, _end_of_step, "images_right"),
         Task(
             "frozen_lake",
             _ANOLE,
             frozen_lake.sample,
             mvot.solve,
             mvot.score,
-            _end_of_image,
+            _end_of_step,
             "images_right",
         ),
         Task(
