@@ -33,6 +33,7 @@ class LayerShape:
         window: Tokens a sliding-window layer attends to, itself included; None for full attention.
         latent: Elements the cache stores of a token where it holds the latents that keys and values
             are made from; None where it holds keys and values.
+        kv_shares: Processes that store the key and value heads between them.
     """
 
     linear_macs: int
@@ -42,6 +43,7 @@ class LayerShape:
     v_dim: int
     window: int | None = None
     latent: int | None = None
+    kv_shares: int = 1
 
     @classmethod
     def of(cls, layer: nn.Module, config: Any) -> LayerShape:
@@ -76,10 +78,11 @@ class LayerShape:
         return self.q_heads * (self.qk_dim + self.v_dim)
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes one token's key and value take in this layer's cache."""
+        """Bytes one token's key and value take in this layer's cache, in this process."""
         if self.latent is not None:
             return self.latent * itemsize
-        return kv_bytes_per_token(self.kv_heads, self.qk_dim, self.v_dim, itemsize)
+        heads = self.kv_heads // self.kv_shares
+        return kv_bytes_per_token(heads, self.qk_dim, self.v_dim, itemsize)
 
     def unpruned_keys(self, queries: int, length: int) -> int:
         """Keys an unpruned layer has in a forward of `queries` tokens, `length` seen in all."""

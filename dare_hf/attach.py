@@ -20,6 +20,7 @@ from dare_hf.masks import is_flash
 from dare_hf.routed_layer import LayerState, parameter_names, routed_forward
 from dare_hf.routers.holder import device_of
 from dare_hf.routers.router import Router
+from dare_hf.tensor_parallel import head_mean, shared_heads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -134,6 +135,7 @@ def attach(target: Any, controller: Controller, undo: UndoRecord, owner: Owner) 
             names=parameter_names(type(layer).forward),
             causal=bool(getattr(attention_of(layer), "is_causal", True)),
             exempt=index in controller.exempt,
+            mean=head_mean(shared_heads(attention_of(layer), target)),
         )
         undo.set(layer, "_dare", layer_state)
         undo.set(attention_of(layer), "_dare", layer_state)

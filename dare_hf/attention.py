@@ -16,7 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dare_hf.cache.ring import QueryRing
-from dare_hf.routing.scores import attention_scores
+from dare_hf.routing.scores import HeadMean, attention_scores, local_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,11 +41,13 @@ class AttentionCall(NamedTuple):
         scaling: Softmax scale.
         window: Tokens a sliding layer sees where its mask does not say so, None for all.
         mask: The mask of the running rows over the physical columns.
+        mean: Over all heads, where this process holds some.
     """
 
     scaling: float
     window: int | None
     mask: Any
+    mean: HeadMean = local_mean
 
 
 class _BaseView:
@@ -89,9 +91,8 @@ def _observing(implementation: str) -> Any:
         if state is None:
             return function(caller, query, key, value, attention_mask, *args, **kwargs)
         tensors = (query, key, value)
-        call = AttentionCall(
-            _scale(kwargs.get("scaling"), query), kwargs.get("sliding_window"), attention_mask
-        )
+        scaling = _scale(kwargs.get("scaling"), query)
+        call = AttentionCall(scaling, kwargs.get("sliding_window"), attention_mask, state.mean)
         call = call._replace(mask=state.before_attention(tensors, call))
         output = function(caller, query, key, value, call.mask, *args, **kwargs)
         state.after_attention(tensors, call)
@@ -129,7 +130,7 @@ def score_span(
     visible = visible_keys(call, index, columns.expand(query.shape[0], -1), query.shape[2])
     span = torch.zeros(query.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
     span[:, key.shape[2] - query.shape[2] :] = plan.span_live(context)
-    scores = attention_scores(taken, key, value, visible, there, span, call.scaling)
+    scores = attention_scores(taken, key, value, visible, there, span, call.scaling, call.mean)
     new = scores[:, key.shape[2] - query.shape[2] :]
     context.attention_score = plan.spread(new, context.attention_score, context)
     context.attention_layer = layer
@@ -161,16 +162,16 @@ def _scale(scaling: float | None, query: Tensor) -> float:
     return query.shape[-1] ** -0.5 if scaling is None else scaling
 
 
-def push_queries(slot: DareLayer, query: Tensor, columns: Tensor, scaling: float) -> None:
+def push_queries(slot: DareLayer, query: Tensor, columns: Tensor, call: AttentionCall) -> None:
     """Remember the layer's last queries for the scores of hops that close later.
 
     Args:
         slot: The layer's cache.
         query: [B, H, K, d] of the running tokens.
         columns: Long[B|1, K] their logical positions, -1 for fills and pads.
-        scaling: Softmax scale.
+        call: How their attention is called.
     """
-    ring = slot.ring or QueryRing.empty(query, scaling)
+    ring = slot.ring or QueryRing.empty(query, call.scaling, call.mean)
     slot.ring = ring.pushed(query, columns.to(query.device).expand(query.shape[0], -1), RING)
 
 
@@ -204,4 +205,5 @@ def ring_scores(
     last = ring.until(torch.tensor(ends).to(where.device, non_blocking=True), WINDOW)
     seen = (where[:, None, :] <= last.positions[:, :, None]) & (where >= 0)[:, None, :]
     there = last.positions >= 0
-    return attention_scores(last.query, *stored, seen[:, None], there, closed, ring.scaling)
+    shown = (seen[:, None], there, closed)
+    return attention_scores(last.query, *stored, *shown, ring.scaling, ring.mean)

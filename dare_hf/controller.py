@@ -21,6 +21,7 @@ from dare_hf.plan import Planner
 from dare_hf.reading import close_context, open_context
 from dare_hf.recorder import Recorder
 from dare_hf.simulation import SimulationRecord, open_simulation
+from dare_hf.tensor_parallel import kv_shares, share_note
 from dare_hf.thread_state import OpenForward, ThreadState
 
 if TYPE_CHECKING:
@@ -63,8 +64,12 @@ class Controller:
         self.adapter: ActiveAdapter | None = None
         self.configure(settings)
         shapes = shapes_of(anatomy.layers, anatomy.text_config)
-        self.shapes = [replace(shape, window=None) for shape in shapes]
-        self.notes: list[str] = []
+        shares = kv_shares(anatomy)
+        self.shapes = [
+            replace(shape, window=None, kv_shares=n)
+            for shape, n in zip(shapes, shares, strict=True)
+        ]
+        self.notes = share_note(shares)
         if any(shape.window for shape in shapes):
             self.notes.append(
                 "sliding-window layers are counted with all tokens on both sides: this cache "
@@ -151,6 +156,8 @@ class Controller:
         """Whether a layer keeps its last queries, for hops that close later."""
         if self.config.resolved_hop_score != "observed" or layer in self._unthinned:
             return False
+        if self.anatomy.sources[layer] != layer:  # it stores no keys
+            return False
         call = self._local.calls[-1] if self._local.calls else None
         later = self.rules.closes_hops or call is None or call.continues
         return later or self.config.max_kv_tokens is not None
@@ -198,6 +205,7 @@ class Controller:
         self.follow_adapter()
         call = self._local.calls[-1] if self._local.calls else None
         if call is None and self._open_simulation(module, kwargs):
+            self._keep_span(kwargs)
             return _without_own(kwargs) | {"use_cache": False, "past_key_values": None}
         kwargs = dict(kwargs)
         cache = self._cache_for(kwargs)
@@ -212,7 +220,22 @@ class Controller:
             log = cache.log if cache is not None else TokenLog()
             context.inner_hops = InnerHops(context, log, self.config, self.table)
         self._local.contexts.append(OpenForward(module, context, kwargs, started, recorder))
+        self._keep_span(kwargs)
         return _without_own(kwargs)
+
+    def _keep_span(self, kwargs: dict[str, Any]) -> None:
+        """Let no layer be cut to a part of the span, from which no token could be chosen.
+
+        Of a number, layers that share keys compute the last `logits_to_keep` columns only
+        (transformers, Gemma 4); of indices they compute all. One column, or what was sampled after
+        it, runs in any case.
+        """
+        keep, context = kwargs.get("logits_to_keep"), self.context
+        if not isinstance(keep, int) or not keep or context is None or not self.anatomy.shares:
+            return
+        if context.simulation is not None or keep > max(context.sampled) + 1:
+            last = torch.arange(context.length, device=context.device)[-keep:]
+            kwargs["logits_to_keep"] = last
 
     def _open_simulation(self, module: Any, kwargs: dict[str, Any]) -> bool:
         """Open the context of a training forward, where this is one the compact path leaves."""

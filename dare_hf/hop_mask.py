@@ -20,6 +20,7 @@ from dare_hf.hop_pruning import HopPruner, StoredTokens
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dare_hf.attention import AttentionCall
     from dare_hf.cache import TokenLog
     from dare_hf.config import DareConfig
     from dare_hf.context import ForwardContext
@@ -46,6 +47,7 @@ class InnerHops:
         extended.append(context.modality, context.token_hop, context.always)
         self.observed = config.resolved_hop_score == "observed"
         self.steps: list[tuple[HopPruner, list[int]]] = []
+        self._kept: dict[int, list[Tensor]] = {}
         for step in range(max(len(ends) for ends in inner)):
             rows = [len(ends) > step for ends in inner]
             due = [h + step + 1 if row else 0 for h, row in zip(opened, rows, strict=True)]
@@ -62,42 +64,64 @@ class InnerHops:
         context: ForwardContext,
         layer: int,
         tensors: tuple[Tensor, Tensor, Tensor],
-        scaling: float,
+        call: AttentionCall,
+        source: int | None = None,
     ) -> Tensor:
         """Bool[B, K, C]: which keys each running token may see, by its hop alone.
 
         Args:
             context: The forward, with the layer's columns and their scores.
             layer: The layer.
+            source: The layer whose keys it reads, where that is another one.
             tensors: query [B, H, K, d], key and value [B, Hkv, C, d] as attention received them.
-            scaling: Softmax scale.
+            call: How it was called.
         """
-        query, key, value = tensors
+        if source is None or source == layer:
+            self._kept[layer] = self._keep(context, layer, tensors, call)
         plan = context.plans[layer]
+        hop = plan.take(context.token_hop)
+        kept = self._kept[layer if source is None else source]
+        seen = torch.ones(*hop.shape, kept[0].shape[1], dtype=torch.bool, device=hop.device)
+        for (pruner, _), keep in zip(self.steps, kept, strict=True):
+            due = torch.tensor(pruner.due).to(hop.device)[:, None]
+            after = (due > 0) & (hop >= due)
+            seen = seen & (keep[:, None, :] | ~after[:, :, None])
+        return seen if plan.live is None else seen | ~plan.live[:, :, None]
+
+    def _keep(
+        self,
+        context: ForwardContext,
+        layer: int,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        call: AttentionCall,
+    ) -> list[Tensor]:
+        """Bool[B, C] of each hop that begins: the keys it keeps."""
+        query, key, value = tensors
         where = _columns(context).expand(query.shape[0], -1)
         scores = _scores(context, layer, where)
-        hop = plan.take(context.token_hop)
-        seen = torch.ones(*hop.shape, where.shape[1], dtype=torch.bool, device=query.device)
-        ring = self._ring(context, layer, query, where, scaling)
+        ring = self._ring(context, layer, query, where, call)
+        kept = []
         for pruner, ends in self.steps:
             if ring is not None:
                 closed = pruner.closed(where)
                 new = ring_scores(ring, (key, value), where, closed, ends)
                 scores = renewed(scores, new, closed)
-            keep = pruner.keep(layer, StoredTokens(where, scores))
-            due = torch.tensor(pruner.due).to(query.device)[:, None]
-            after = (due > 0) & (hop >= due)
-            seen = seen & (keep[:, None, :] | ~after[:, :, None])
-            where = where.masked_fill(~keep, -1)
-        return seen if plan.live is None else seen | ~plan.live[:, :, None]
+            kept.append(pruner.keep(layer, StoredTokens(where, scores)))
+            where = where.masked_fill(~kept[-1], -1)
+        return kept
 
     def _ring(
-        self, context: ForwardContext, layer: int, query: Tensor, where: Tensor, scaling: float
+        self,
+        context: ForwardContext,
+        layer: int,
+        query: Tensor,
+        where: Tensor,
+        call: AttentionCall,
     ) -> QueryRing | None:
         if not self.observed:
             return None
         ring = context.cache.layer(layer).ring if context.cache is not None else None
-        ring = ring or QueryRing.empty(query, scaling)
+        ring = ring or QueryRing.empty(query, call.scaling, call.mean)
         running = where[:, where.shape[1] - query.shape[2] :]
         return ring.pushed(query, running, RING + query.shape[2])
 

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dare_hf.attention import AttentionCall, push_queries, score_span
+from dare_hf.context import KeyView
 from dare_hf.hop_mask import restrict
 from dare_hf.masks import gather_mask
 from dare_hf.plan import Plan, keep_all
+from dare_hf.routing.scores import HeadMean, local_mean
 from dare_hf.simulation import damped, simulated_forward
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class LayerState:
         names: Its parameter names after hidden_states, for arguments passed by position.
         causal: What a None mask means in this layer.
         exempt: Keep everything here (a sliding layer under flash attention).
+        mean: Over all heads of this layer, where this process holds some.
     """
 
     controller: Controller
@@ -45,6 +48,12 @@ class LayerState:
     names: tuple[str, ...] = field(default=())
     causal: bool = True
     exempt: bool = False
+    mean: HeadMean = local_mean
+
+    @property
+    def source(self) -> int:
+        """The layer whose keys this one reads: itself, or an earlier one."""
+        return self.controller.anatomy.sources[self.index]
 
     def before_attention(self, tensors: tuple[Tensor, Tensor, Tensor], call: AttentionCall) -> Any:
         """The mask this layer's attention shall use; called by its attention function."""
@@ -52,7 +61,8 @@ class LayerState:
         if context is None or context.inner_hops is None or context.columns is None:
             return damped(call.mask, tensors, call.scaling)
         with torch.no_grad():
-            allowed = context.inner_hops.allowed(context, self.index, tensors, call.scaling)
+            inner = context.inner_hops
+            allowed = inner.allowed(context, self.index, tensors, call, self.source)
             return restrict(call.mask, allowed, context.columns)
 
     def after_attention(self, tensors: tuple[Tensor, Tensor, Tensor], call: AttentionCall) -> None:
@@ -65,7 +75,7 @@ class LayerState:
                 score_span(context, self.index, tensors, call)
             if self.controller.keeps_queries(self.index) and context.cache is not None:
                 running = context.columns[:, -tensors[0].shape[2] :]
-                push_queries(context.cache.layer(self.index), tensors[0], running, call.scaling)
+                push_queries(context.cache.layer(self.index), tensors[0], running, call)
 
     def _watched(self) -> ForwardContext | None:
         context = self.controller.context
@@ -89,10 +99,12 @@ def routed_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
     if context.simulation is not None:
         state.controller.remember_context(kwargs, context)
         return simulated_forward(layer, state, context, hidden_states, kwargs)
-    plan = _plan_for(layer, state, context, hidden_states)
-    state.controller.remember_context(kwargs, context)
-    _stage(state, context, plan, kwargs)
     controller = state.controller
+    plan = _plan_for(layer, state, context, controller.anatomy.scored(hidden_states))
+    controller.remember_context(kwargs, context)
+    if controller.anatomy.sources.count(state.index) > 1:
+        context.keys[state.index] = _key_view(state, context, plan, kwargs)
+    _stage(state, context, plan, kwargs)
     reads = controller.keeps_queries(state.index) or context.inner_hops is not None
     reads = reads or controller.captures(state.index, context)
     context.capture_layer = state.index if reads else -1
@@ -100,8 +112,13 @@ def routed_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
         output = state.inner(hidden_states, **kwargs)
         context.capture_layer = -1
         return _scatter(_scaled(state, plan, hidden_states, output), hidden_states, plan)
+    if hidden_states.shape[-2] < context.length:  # transformers has cut all but the last columns
+        kwargs["attention_mask"] = _tail_mask(state, context, plan, kwargs)
+        output = state.inner(hidden_states, **kwargs)
+        context.capture_layer = -1
+        return _scaled(state, plan, hidden_states, output)
     gathered = _gather_kwargs(state, context, plan, kwargs)
-    rows = _take_tokens(hidden_states, plan.index, 1) if plan.index is not None else hidden_states
+    rows = _take_tokens(hidden_states, plan.index, -2) if plan.index is not None else hidden_states
     output = state.inner(rows, **gathered)
     context.capture_layer = -1
     return _scatter(_scaled(state, plan, rows, output), hidden_states, plan)
@@ -113,6 +130,11 @@ def _plan_for(layer: nn.Module, state: LayerState, context: ForwardContext, hidd
     if index in context.plans:
         return context.plans[index]
     controller = state.controller
+    if state.source != index:
+        plan = context.plans[state.source]
+        width = hidden.shape[1]
+        context.plans[index] = plan = plan if width == context.length else plan.tail(context, width)
+        return plan
     source = controller.table.plan_layers[index]
     before = context.plans.get(index - 1)
     if state.exempt and not controller.config.multiplies:
@@ -154,6 +176,9 @@ def _stage(state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[
     if cache is None or kwargs.get("past_key_values") is None:
         return
     slot = cache.layer(state.index)
+    if state.source != state.index:
+        slot.advance(context.past + context.length)
+        return
     context.cached_before[state.index] = list(slot.kept_host) or [0] * context.batch
     columns = None
     if not (plan.plain and context.valid is None):
@@ -172,6 +197,8 @@ def _needs_gather(
     """Whether HF's logical arguments differ from what the layer will really see."""
     if not plan.plain or context.capture_layer == state.index:
         return True
+    if state.source != state.index:
+        return context.keys[state.source].gathered
     if context.cache is None or kwargs.get("past_key_values") is None:
         return False
     slot = context.cache.layer(state.index)
@@ -179,6 +206,46 @@ def _needs_gather(
     if dense:
         return False
     return slot.holes or kwargs.get("attention_mask") is not None or context.length > 1
+
+
+def _key_view(
+    state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[str, Any]
+) -> KeyView:
+    """This layer's keys of the coming attention, before its cache has them."""
+    slot = None
+    if context.cache is not None and kwargs.get("past_key_values") is not None:
+        slot = context.cache.layer(state.index)
+    cached = slot.width if slot is not None else 0
+    return KeyView(
+        columns=_columns(context, plan, slot if cached else None),
+        cached=cached,
+        holes=plan.live is not None or (slot is not None and slot.holes),
+        gathered=_needs_gather(state, context, plan, kwargs),
+        held=(list(slot.kept_host) if slot is not None else []) or [0] * context.batch,
+    )
+
+
+def _tail_mask(
+    state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[str, Any]
+) -> Any:
+    """The mask of the last columns, which is all that the layer got, over its source's keys."""
+    view, mask = context.keys[state.source], kwargs.get("attention_mask")
+    if context.capture_layer == state.index:
+        context.columns, context.column_scores = view.columns, None
+    if mask is None and not view.holes and plan.width == 1:
+        return None
+    rows = torch.arange(plan.width, device=context.device)[None]
+    return gather_mask(
+        mask,
+        rows,
+        view.columns,
+        past=context.past + context.length - plan.width,
+        holes=view.holes,
+        rows_live=plan.live,
+        causal=state.causal,
+        implementation=state.controller.base_implementation,
+        dtype=state.controller.dtype,
+    )
 
 
 def _gather_kwargs(
@@ -215,11 +282,15 @@ def _remembered(plan: Plan, index: Tensor, name: str, value: Any, dim: int) -> A
 def _mask(state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[str, Any]) -> Any:
     """The mask over the running rows and the physical columns, None where HF's would be."""
     mask, slot = kwargs.get("attention_mask"), None
-    if context.cache is not None and kwargs.get("past_key_values") is not None:
-        slot = context.cache.layer(state.index)
-    cached = slot.width if slot is not None else 0
-    holes = plan.live is not None or (slot is not None and slot.holes)
-    columns = _columns(context, plan, slot if cached else None)
+    if state.source != state.index:
+        view = context.keys[state.source]
+        cached, holes, columns = view.cached, view.holes, view.columns
+    else:
+        if context.cache is not None and kwargs.get("past_key_values") is not None:
+            slot = context.cache.layer(state.index)
+        cached = slot.width if slot is not None else 0
+        holes = plan.live is not None or (slot is not None and slot.holes)
+        columns = _columns(context, plan, slot if cached else None)
     if context.capture_layer == state.index:
         context.columns = columns
         context.column_scores = slot.scores() if slot is not None and cached else None
@@ -298,10 +369,10 @@ def _scatter(output: Any, hidden: Tensor, plan: Plan) -> Any:
         return (_scatter(output[0], hidden, plan), *output[1:])
     index = None if plan.index is None else plan.index.to(hidden.device)
     if plan.live is not None:
-        source = hidden if index is None else _take_tokens(hidden, index, 1)
+        source = hidden if index is None else _take_tokens(hidden, index, -2)
         output = torch.where(plan.live.to(hidden.device)[..., None], output, source)
     if index is None:
         return output
     if index.shape[0] == 1:
-        return hidden.index_copy(1, index[0], output)
-    return hidden.scatter(1, index[..., None].expand_as(output), output)
+        return hidden.index_copy(-2, index[0], output)
+    return hidden.scatter(-2, index[..., None].expand_as(output), output)

@@ -11,7 +11,13 @@ from dare_hf.adapters import attention_of
 from dare_hf.errors import DareConfigError, DareInputError, DareStateError
 from dare_hf.routers.holder import holder_of
 from dare_hf.routing.retention import UNSCORED_LAYERS
-from dare_hf.routing.scores import key_norm_scores, position_scores, random_scores
+from dare_hf.routing.scores import (
+    HeadMean,
+    key_norm_scores,
+    local_mean,
+    position_scores,
+    random_scores,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -173,14 +179,20 @@ class KeyNormScorer:
         norm, projection = self.key_path
         normed = layer.get_submodule(norm)(hidden) if norm else hidden
         attention: Any = attention_of(layer)
+        mean = _head_mean(attention)
         if hasattr(attention, "expand_kv"):
-            return key_norm_scores(_latent_keys(attention, normed))
+            return key_norm_scores(_latent_keys(attention, normed), mean)
         if hasattr(attention, "query_key_value"):  # one matrix for all three
             _, keys, _ = attention._split_heads(attention.query_key_value(normed))
-            return key_norm_scores(keys.transpose(1, 2))
+            return key_norm_scores(keys.transpose(1, 2), mean)
         keys = layer.get_submodule(projection)(normed)
         heads = keys.shape[-1] // _head_dim(layer)
-        return key_norm_scores(keys.unflatten(-1, (heads, -1)).transpose(1, 2))
+        return key_norm_scores(keys.unflatten(-1, (heads, -1)).transpose(1, 2), mean)
+
+
+def _head_mean(attention: Any) -> HeadMean:
+    """The mean over all heads, as DARE's state on the attention knows it."""
+    return getattr(vars(attention).get("_dare"), "mean", local_mean)
 
 
 def _latent_keys(attention: Any, normed: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+
+from dare_hf.routing.scores import HeadMean, local_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,17 +21,20 @@ class QueryRing:
         query: [B, H, W, d], oldest first.
         positions: Long[B, W] their logical positions, -1 where there is none.
         scaling: The layer's softmax scale.
+        mean: Over all heads, where this process holds some.
     """
 
     query: Tensor
     positions: Tensor
     scaling: float
+    mean: HeadMean = local_mean
 
     @classmethod
-    def empty(cls, like: Tensor, scaling: float) -> QueryRing:
+    def empty(cls, like: Tensor, scaling: float, mean: HeadMean = local_mean) -> QueryRing:
         """No queries yet, of the shape and device of queries `like` [B, H, q, d]."""
         where = torch.zeros(like.shape[0], 0, dtype=torch.long, device=like.device)
-        return cls(like.new_zeros(like.shape[0], like.shape[1], 0, like.shape[3]), where, scaling)
+        none = like.new_zeros(like.shape[0], like.shape[1], 0, like.shape[3])
+        return cls(none, where, scaling, mean)
 
     def until(self, ends: Tensor, window: int) -> QueryRing:
         """Each row's last `window` queries at logical positions <= `ends` [B]."""
@@ -39,14 +44,14 @@ class QueryRing:
         index = (last - 1).clamp(min=0)
         view = index[:, None, :, None].expand(-1, self.query.shape[1], -1, self.query.shape[3])
         where = self.positions.gather(1, index).masked_fill(last == 0, -1)
-        return QueryRing(self.query.gather(2, view), where, self.scaling)
+        return replace(self, query=self.query.gather(2, view), positions=where)
 
     def pushed(self, query: Tensor, positions: Tensor, window: int) -> QueryRing:
         """With [B, H, q, d] newer queries, the oldest beyond `window` forgotten."""
         new, at = query.detach()[:, :, -window:], positions[:, -window:]
         joined = torch.cat([self.query, new], dim=2)[:, :, -window:]
         where = torch.cat([self.positions, at], dim=1)[:, -window:]
-        return QueryRing(joined, where, self.scaling)
+        return replace(self, query=joined, positions=where)
 
     def cropped(self, length: int, dense: int) -> QueryRing:
         """Without queries at logical positions >= `length`.
@@ -58,13 +63,13 @@ class QueryRing:
         """
         if dense:
             stay = max(self.positions.shape[1] - dense, 0)
-            return QueryRing(self.query[:, :, :stay], self.positions[:, :stay], self.scaling)
+            query, positions = self.query[:, :, :stay], self.positions[:, :stay]
+            return replace(self, query=query, positions=positions)
         gone = self.positions >= length
-        return QueryRing(self.query, self.positions.masked_fill(gone, -1), self.scaling)
+        return replace(self, positions=self.positions.masked_fill(gone, -1))
 
     def rows(self, index: Tensor) -> QueryRing:
         """The rows `index` [B']."""
         index = index.to(self.query.device)
-        return QueryRing(
-            self.query.index_select(0, index), self.positions.index_select(0, index), self.scaling
-        )
+        query, positions = (t.index_select(0, index) for t in (self.query, self.positions))
+        return replace(self, query=query, positions=positions)

@@ -11,7 +11,8 @@ import torch
 from dare_hf.adapters import attention_of
 from dare_hf.attention import AttentionCall, observed_name, visible_keys
 from dare_hf.routing.kinds import TEXT, VISION
-from dare_hf.routing.scores import attention_scores
+from dare_hf.routing.scores import HeadMean, attention_scores, local_mean
+from dare_hf.tensor_parallel import head_mean, shared_heads
 from dare_hf.undo import UndoRecord
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class _Watcher:
     """Sits where the attention function looks for DARE; changes nothing."""
 
     tokens: Tokens
+    mean: HeadMean = local_mean
     seen: Seen = field(default_factory=Seen)
 
     def before_attention(self, tensors: tuple[Tensor, ...], call: AttentionCall) -> Any:
@@ -122,7 +124,8 @@ def _importance(
         visible = visible_keys(call, index, keys, length)
         before = real & (columns < first) & (visible & valid[:, None, :, None]).any(2).any(1)
         taken = query[:, :, first:last]
-        score = attention_scores(taken, key, value, visible, valid, before, call.scaling)
+        shown = (visible, valid, before)
+        score = attention_scores(taken, key, value, *shown, call.scaling, call.mean)
         # the mean over the span is 1, whatever share of its attention the window spent on itself
         total += score * before
         windows += before
@@ -140,7 +143,9 @@ def watching(anatomy: Anatomy, tokens: Tokens) -> Iterator[list[Seen]]:
     Yields:
         One Seen per layer, filled by the forward.
     """
-    undo, watchers = UndoRecord(), [_Watcher(tokens) for _ in anatomy.layers]
+    model = anatomy.hooked[0]
+    means = [head_mean(shared_heads(attention_of(layer), model)) for layer in anatomy.layers]
+    undo, watchers = UndoRecord(), [_Watcher(tokens, mean) for mean in means]
     try:
         for config in _configs(anatomy):
             undo.set(config, "_attn_implementation_internal", _twin(config))

@@ -1,5 +1,6 @@
 """Scores: how much a token matters to a layer. The higher, the better; fp32 (fp64 of fp64)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +9,14 @@ from torch import Tensor
 
 RMS_EPS = 1e-6
 _WORD = 0xFFFFFFFF
+
+HeadMean = Callable[[Tensor, int], Tensor]
+"""Makes the mean over all heads of a sum over this process's heads and their number."""
+
+
+def local_mean(total: Tensor, heads: int) -> Tensor:
+    """The mean where this process holds all heads."""
+    return total / heads
 
 
 def router_scores(
@@ -58,13 +67,19 @@ def position_scores(local_index: Int[Tensor, "batch tokens"]) -> Float[Tensor, "
     return 1.0 / (1.0 + local_index.clamp(min=0).float())
 
 
-def key_norm_scores(keys: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "batch tokens"]:
+def key_norm_scores(
+    keys: Float[Tensor, "batch heads tokens dim"], mean: HeadMean = local_mean
+) -> Float[Tensor, "batch tokens"]:
     """``1 / (1 + mean over heads of |k|)``: keys of a low norm draw attention.
+
+    Args:
+        keys: this process's heads.
+        mean: over all heads.
 
     Source: docs/method.md, section 2; Devoto et al. 2024, "A Simple and Effective L2 Norm-Based
     Strategy for KV Cache Compression".
     """
-    return 1.0 / (1.0 + _wide(keys).norm(dim=-1).mean(1))
+    return 1.0 / (1.0 + mean(_wide(keys).norm(dim=-1).sum(1), keys.shape[1]))
 
 
 def attention_scores(
@@ -75,6 +90,7 @@ def attention_scores(
     query_valid: Bool[Tensor, "batch queries"],
     span: Bool[Tensor, "batch stored"],
     scaling: float,
+    mean: HeadMean = local_mean,
 ) -> Float[Tensor, "batch stored"]:
     """Attention mass times value norm (mean over heads and queries), over its mean in the span.
 
@@ -89,6 +105,7 @@ def attention_scores(
         query_valid: queries that count.
         span: keys that get a score.
         scaling: factor on the logits.
+        mean: over all heads, where this process holds some.
 
     Source: docs/method.md, section 2 (attention).
     """
@@ -102,13 +119,13 @@ def attention_scores(
     # A query that sees nothing has only -inf: softmax gives NaN there, and no mass.
     mass = logits.softmax(-1).masked_fill_(~seen, 0.0)
     mass = mass.view(batch, kv_heads, heads // kv_heads, queries, stored).sum((2, 3))
-    raw = (mass * _wide(value).norm(dim=-1)).sum(1)
-    raw = raw / (heads * query_valid.sum(1, keepdim=True).clamp(min=1))
+    raw = mean((mass * _wide(value).norm(dim=-1)).sum(1), heads)
+    raw = raw / query_valid.sum(1, keepdim=True).clamp(min=1)
     counted = span & seen.any(2).any(1)
     # Not a product: an unused slot of a cache may hold NaN.
     raw = raw.masked_fill(~span, 0.0)
-    mean = (raw * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
-    return raw / mean.clamp(min=torch.finfo(raw.dtype).tiny)
+    usual = (raw * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
+    return raw / usual.clamp(min=torch.finfo(raw.dtype).tiny)
 
 
 def _wide(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
