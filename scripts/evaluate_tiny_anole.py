@@ -1,12 +1,9 @@
-"""Measures a model directory on one task by free-running generation; one JSON line on stdout.
+"""What `dare-hf eval` leaves out of dare-tiny-anole: other contexts, length, unfinished weights.
 
-python scripts/evaluate_tiny_anole.py --task maze --split easy --n 500 --seed 0
-python scripts/evaluate_tiny_anole.py --task ghost --context markov --n 500
-python scripts/evaluate_tiny_anole.py --task frozen_lake --dare demo --n 500
+python scripts/evaluate_tiny_anole.py --task maze --context markov --split easy --n 500 --seed 0
+python scripts/evaluate_tiny_anole.py --task ghost --model runs/anole --failures 5
 
-With --dare the line also has FLOPs and KV bytes of all generate calls, from the reports, beside
-those of the same tokens unpruned. Ghost Letters always runs through DARE (its images come in
-between hops); without --dare it prunes nothing.
+Free-running generation without pruning; one JSON line on stdout.
 """
 
 import argparse
@@ -21,13 +18,11 @@ from typing import get_args
 
 import torch
 import transformers
-from transformers import AutoModelForImageTextToText, AutoProcessor, ChameleonProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from dare_hf import DareConfig, apply_dare, last_report
-from dare_hf.demo.embedded import demo_config, safe_config
+from dare_hf.assets import model_path
 from dare_hf.tasks import frozen_lake, ghost, ghost_run, maze, mvot
 
-_COSTS = ("flops", "kv_bytes")
 TASKS = {
     "maze": (maze, mvot.solve),
     "frozen_lake": (frozen_lake, mvot.solve),
@@ -48,35 +43,6 @@ def by_length(solutions: list[mvot.Solution]) -> dict[str, list[float]]:
     return {str(k): [len(v), round(sum(v) / len(v), 4)] for k, v in sorted(groups.items())}
 
 
-def config_of(name: str, task: str, processor: ChameleonProcessor) -> DareConfig:
-    """Shipped rates ("demo") or the preset ("safe"), with hops as the task has them."""
-    config = demo_config(processor) if name == "demo" else safe_config(processor)
-    if task == "ghost":
-        config.hop_delimiters = ghost_run.delimiters(processor)
-    return config
-
-
-class Costs:
-    """Adds up the reports of generate calls."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.model = model
-        self.totals = dict.fromkeys(("flops", "flops_full", "kv_bytes", "kv_bytes_full"), 0)
-
-    def __call__(self, batch: mvot.BatchOutput) -> None:
-        """Takes over the last call's report."""
-        report = last_report(self.model)
-        self.totals["flops"] += sum(report.flops.values())
-        self.totals["flops_full"] += sum(report.flops_baseline.values())
-        self.totals["kv_bytes"] += report.kv_bytes
-        self.totals["kv_bytes_full"] += report.kv_bytes_baseline
-
-    def result(self) -> dict[str, float]:
-        """Totals and ratios."""
-        shares = {name: self.totals[name] / self.totals[f"{name}_full"] for name in _COSTS}
-        return self.totals | {f"{name}_ratio": round(share, 4) for name, share in shares.items()}
-
-
 def main() -> None:
     """Parses the command line, solves the items and prints the score."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -88,42 +54,31 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
-    parser.add_argument("--dare", choices=["demo", "safe"], help="prune, training-free")
     parser.add_argument("--failures", type=int, default=0, help="print this many wrong answers")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.model is None:
-        from dare_hf.assets import model_path
-
-        args.model = model_path("dare-tiny-anole")
-    model = AutoModelForImageTextToText.from_pretrained(args.model).eval()
-    processor = AutoProcessor.from_pretrained(args.model)
+    path = args.model or model_path("dare-tiny-anole")
+    model = AutoModelForImageTextToText.from_pretrained(path).eval()
+    processor = AutoProcessor.from_pretrained(path)
     started = time.perf_counter()
     task, solve = TASKS[args.task]
-    costs = None
-    if args.dare:
-        apply_dare(model, config_of(args.dare, args.task, processor))
-        costs = Costs(model)
     solutions = solve(
         model,
         processor,
         task.sample(args.n, args.split, args.seed),
         args.batch_size,
         context=args.context,
-        on_batch=costs,
         progress=lambda done, total: print(f"{done}/{total}", file=sys.stderr),
     )
     score = asdict(mvot.score(solutions))
     result = {
         "task": args.task,
-        "dare": args.dare,
         "context": args.context,
         "split": args.split,
         "seed": args.seed,
         **{k: v for k, v in score.items() if not (isinstance(v, float) and math.isnan(v))},
         "by_length": by_length(solutions),
-        **(costs.result() if costs else {}),
         "seconds": round(time.perf_counter() - started, 1),
         "dtype": str(model.dtype),
         "torch": torch.__version__,

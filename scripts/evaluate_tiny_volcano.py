@@ -1,6 +1,9 @@
-"""Measures a model directory on a SCENE split by free-running generation; one JSON line on stdout.
+"""What `dare-hf eval` leaves out of dare-tiny-volcano: no second look, relations, other weights.
 
-python scripts/evaluate_tiny_volcano.py --split easy --n 500 --seed 0
+python scripts/evaluate_tiny_volcano.py --no_refocus --split easy --n 500 --seed 0
+python scripts/evaluate_tiny_volcano.py --model runs/volcano --failures 5
+
+Free-running generation without pruning; one JSON line on stdout.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import torch
 import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from dare_hf.assets import model_path
 from dare_hf.tasks import scene, vocot
 
 
@@ -39,12 +43,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.model is None:
-        from dare_hf.assets import model_path
-
-        args.model = model_path("dare-tiny-volcano")
-    model = AutoModelForImageTextToText.from_pretrained(args.model).eval()
-    processor = AutoProcessor.from_pretrained(args.model)
+    path = args.model or model_path("dare-tiny-volcano")
+    model = AutoModelForImageTextToText.from_pretrained(path).eval()
+    processor = AutoProcessor.from_pretrained(path)
     started = time.perf_counter()
     solutions = vocot.solve(
         model,

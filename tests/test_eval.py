@@ -25,6 +25,7 @@ from dare_hf.evaluation import Arm, measure, trained_arm
 from dare_hf.evaluation.costs import ReportTotals, by_hop
 from dare_hf.evaluation.measurement import default_batch_size
 from dare_hf.evaluation.suite import TASKS, task_of
+from dare_hf.recipes import load_recipe
 from dare_hf.report import DareReport
 from dare_hf.tasks import teaching, vocot
 from dare_hf.testing import tiny_model
@@ -178,19 +179,38 @@ def _shipped_for_real() -> list[tuple[str, str]]:
     return [(model, name) for model in models for name in assets.adapter_names(model)]
 
 
-@pytest.mark.parametrize(("model", "name"), _shipped_for_real())
-def test_what_is_shipped_says_how_it_was_made_and_fits(model: str, name: str) -> None:
-    folder = assets.adapter_path(model, name)
+def _assert_says_how_it_was_made(folder: Path) -> None:
     for file in ("recipe.yaml", "training_log.jsonl", "dare/adapter_model.safetensors"):
         assert (folder / file).is_file(), f"{file} is missing beside the weights"
     for file in folder.rglob("*"):
         if file.suffix in (".json", ".jsonl", ".yaml", ".md"):
             text = file.read_text(encoding="utf-8")
-            rooted = [word for word in text.split() if word.strip("\"'`,").startswith("/")]
+            rooted = [word for word in text.split() if word.strip("\"'`,:").startswith("/")]
             assert not rooted, f"{file.name} names a path of the machine it was made on"
-    short = model.removeprefix("dare-tiny-")
-    armed = trained_arm(name, folder).on(load_runner(short).model)
-    assert armed._dare.controller.config.schedule == "learned"
+    assert load_recipe(folder / "recipe.yaml").task
+
+
+@pytest.mark.parametrize(("model", "name"), _shipped_for_real())
+def test_what_is_shipped_says_how_it_was_made_and_fits(model: str, name: str) -> None:
+    folder = assets.adapter_path(model, name)
+    _assert_says_how_it_was_made(folder)
+    arm = trained_arm(name, folder)
+    armed = arm.on(load_runner(model.removeprefix("dare-tiny-")).model)
+    assert armed._dare.controller.config.hop_aware == (name == "dare-lh")
+
+
+def test_the_script_ships_an_adapter_without_paths(shipped, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    from ship_adapter import ship
+
+    folder = ship(shipped, "volcano", "dare-new")
+    assert folder == assets.adapter_path("dare-tiny-volcano", "dare-new")
+    _assert_says_how_it_was_made(folder)
+    arm, source = trained_arm("new", folder), trained_arm("source", shipped)
+    assert arm.config.hop_delimiters == source.config.hop_delimiters
+    for part in ("dare", "lora"):
+        name = f"{part}/adapter_model.safetensors"
+        assert (folder / name).read_bytes() == (shipped / name).read_bytes()
 
 
 # -- which arm is asked for
