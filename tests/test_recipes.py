@@ -138,9 +138,29 @@ def test_the_control_trains_a_lora_on_the_unpruned_model(tmp_path):
     assert set(result.folders) == {"lora"}
     assert "_dare" not in vars(result.model)
     assert recipe.dare_config(()) == DareConfig(
-        vision_retention=1.0, text_retention=1.0, schedule="constant"
+        scorer="random", vision_retention=1.0, text_retention=1.0, schedule="constant"
     )
 
 
 def _ids(model, processor, items):
     return [solution.ids for solution in mvot.solve(model.eval(), processor, items)]
+
+
+@pytest.mark.slow
+def test_calibration_comes_before_the_first_step(tmp_path):
+    """Rates of a calibrated start differ by layer, and stay where a gradient moves them."""
+    recipe = Recipe(
+        "anole", str(tmp_path), task=("maze",), steps=1, batch_size=2, warmup=0, calibrate=2
+    )
+    start = recipe.dare_config(()).vision_retention
+    result = train(recipe)
+    routers = result.model._dare.controller.routers
+    vision = torch.stack([router.rates()[0, 1] for router in routers])
+    assert vision.min() > 0.05
+    assert vision.max() < 0.95
+    assert (vision - start).abs().max() > 0.3
+
+
+def test_calibrate_is_checked():
+    with pytest.raises(DareConfigError, match="calibrate: expected an integer >= 0; got -1"):
+        Recipe("anole", "out", task=("maze",), calibrate=-1)

@@ -83,7 +83,8 @@ def fit_router(
         model.save_pretrained("calibrated")
 
     Args:
-        model: A supported model without DARE, or a PeftModel whose active adapter is a DARE router.
+        model: A supported model without DARE; or a PeftModel whose active adapter is a DARE router,
+            or a model that got one by `model.add_adapter`.
         batches: Inputs of generate. A batch with `labels` [B, S] brings its own continuation: the
             tokens from the first label on that is not -100.
         config: What to prune; scorer must be "router". Default: learned rates at 0.4 / 0.7. Ignored
@@ -94,7 +95,8 @@ def fit_router(
         details: Receives what was measured.
 
     Returns:
-        A PeftModel around `model` with the adapter; `model` itself is routed from now on, too.
+        A PeftModel around `model` with the adapter, or `model` where it has one already; `model`
+        itself is routed from now on.
 
     Raises:
         DareConfigError: The scorer is not the router.
@@ -148,10 +150,10 @@ def _with_adapter(model: Any, config: DareConfig | None) -> Any:
                 "fit_router: expected a plain model, or one with a router adapter; got a model "
                 "with training-free DARE. Call remove_dare(model) first"
             )
-        if not isinstance(model, PeftModel):
+        if not isinstance(model, PeftModel) and not getattr(model, "_hf_peft_config_loaded", False):
             raise DareStateError(
-                "fit_router: expected the PeftModel that holds the router adapter; got the model "
-                "inside it"
+                "fit_router: expected the PeftModel that holds the router adapter, or a model after "
+                "model.add_adapter(config); got the model inside a PeftModel"
             )
         return model
     config = DareConfig(scorer="router", schedule="learned") if config is None else config

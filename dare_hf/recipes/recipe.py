@@ -24,6 +24,8 @@ class Recipe:
             processor's image token stands where a picture does, paths are relative to the file.
         dare: Fields of DareConfig; scorer and schedule are "router" and "learned" unless given.
             None trains the LoRA on the unpruned model, the control of any comparison.
+        calibrate: Rows that routers, and learned rates, are first fitted to in closed form
+            (`calibration.fit_router`); 0 starts from chance.
         lora: Fields of peft's LoraConfig; None leaves the backbone as it is.
         load_in_4bit: Load the backbone in nf4 (bitsandbytes).
         steps: Optimiser steps.
@@ -45,6 +47,7 @@ class Recipe:
     task: tuple[str, ...] = ()
     data: str | None = None
     dare: dict[str, Any] | None = field(default_factory=dict)
+    calibrate: int = 0
     lora: dict[str, Any] | None = None
     load_in_4bit: bool = False
     steps: int = 1000
@@ -79,6 +82,12 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise DareConfigError(f"{name}: expected an integer >= 1; got {value!r}")
+        if (
+            not isinstance(self.calibrate, int)
+            or isinstance(self.calibrate, bool)
+            or self.calibrate < 0
+        ):
+            raise DareConfigError(f"calibrate: expected an integer >= 0; got {self.calibrate!r}")
         if self.dare is None and self.lora is None:
             raise DareConfigError(
                 "dare, lora: expected at least one of them to train; got neither. Write dare: {}"
@@ -96,6 +105,7 @@ class Recipe:
         """
         if self.dare is None:  # nothing is pruned; hops are counted as in all other runs
             return DareConfig(
+                scorer="random",
                 vision_retention=1.0,
                 text_retention=1.0,
                 schedule="constant",

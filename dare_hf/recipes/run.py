@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArg
 from dare_hf.adapters.registry import locate
 from dare_hf.apply import apply_dare, remove_dare
 from dare_hf.assets import model_path
+from dare_hf.calibration import fit_router
 from dare_hf.config import DareConfig
 from dare_hf.demo.embedded import RUNNERS, runner_type
 from dare_hf.generation.interleaved import allow_image_tokens
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from dare_hf.recipes.recipe import Recipe
 
 DARE, LORA = "dare", "lora"
+# Logits of a fitted rate: from 10 to 90 %, where the slope is not lost.
+_FREE = 2.2
 
 
 @dataclass(frozen=True)
@@ -63,16 +66,19 @@ def train(recipe: Recipe) -> TrainingResult:
     model, processor, delimiters = _load(recipe)
     _attach(model, recipe, delimiters)
     out = Path(recipe.out)
+    rows, collate = dataset_of(recipe), _collator(recipe, model, processor)
     trainer = DareTrainer(
         model=model,
         args=_arguments(recipe),
-        train_dataset=dataset_of(recipe),
-        data_collator=_collator(recipe, model, processor),
+        train_dataset=rows,
+        data_collator=collate,
         router_lr=recipe.router_lr,
         rate_lr=recipe.rate_lr,
     )
     draws = model.config.model_type == "chameleon"
     with allow_image_tokens(model) if draws else nullcontext():
+        if recipe.calibrate and model._dare.controller.routers is not None:
+            _calibrate(model, recipe, rows, collate)
         trainer.train()
     folders = _save(model, recipe, out)
     log = trainer.state.log_history
@@ -117,6 +123,16 @@ def _attach(model: Any, recipe: Recipe, delimiters: tuple[int, ...]) -> None:
         apply_dare(model, config)
 
 
+def _calibrate(model: Any, recipe: Recipe, rows: Any, collate: Any) -> None:
+    """Fit the fresh routers to the first rows; rates start where a gradient can still move them."""
+    picked = [rows[index] for index in range(min(recipe.calibrate, len(rows)))]
+    size = recipe.batch_size
+    fit_router(model, [collate(picked[k : k + size]) for k in range(0, len(picked), size)])
+    with torch.no_grad():
+        for router in model._dare.controller.routers:
+            router.rate_logits.clamp_(-_FREE, _FREE)
+
+
 def _lora_defaults(model: Any) -> dict[str, Any]:
     """All linear maps of the decoder layers, by their full names: no vision tower, no head."""
     anatomy = locate(model)
@@ -144,6 +160,7 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
         weight_decay=0.0,
         seed=recipe.seed,
         bf16=recipe.bf16,
+        use_cpu=not torch.accelerator.is_available(),
         **_checkpointing(recipe),
         logging_steps=max(min(20, recipe.steps), 1),
         save_strategy="steps" if recipe.save_every else "no",

@@ -60,11 +60,10 @@ class _Damped(torch.autograd.Function):
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         with torch.autocast(query.device.type, enabled=False):
             logits = query.to(wide) @ key.to(wide).transpose(-1, -2)
-        logits = logits.mul_(ctx.scaling).add_(mask)
-        low = torch.full((), gates.FLOOR, dtype=wide).log().item()
-        # in place: the only further tensor of this size is the gradient that comes in
-        ratio = logits.sub_(logits.logsumexp(-1, keepdim=True) + low)
-        factor = ratio.neg_().sigmoid_().masked_fill_(~closed, 1.0)  # 1 / (1 + r)
+        share = logits.mul_(ctx.scaling).add_(mask).softmax(-1)
+        # a closed entry's share is r times the floor; in place: the only further tensors of this
+        # size are the logits and the gradient that comes in
+        factor = share.div_(gates.FLOOR).add_(1.0).reciprocal_().masked_fill_(~closed, 1.0)
         gradient = factor.mul_(grads[0])
         if mask.shape[1] == 1:
             gradient = gradient.sum(1, keepdim=True)

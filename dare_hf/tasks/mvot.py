@@ -184,8 +184,8 @@ def solve(
     Args:
         model: dare-tiny-anole or another Chameleon-type model that learned the task.
         processor: Its processor.
-        items: From `maze.sample` or `frozen_lake.sample`; items of similar length share a batch,
-            results keep this order.
+        items: From `maze.sample` or `frozen_lake.sample`; items of the same number of actions
+            share a batch, results keep this order.
         batch_size: Rows of a generate call.
         context: What a step gets to see, as the head of this module says.
         decoder: Image decoder; by default the one beside the model's weights.
@@ -205,8 +205,10 @@ def solve(
     rule = WholeImageLogitsProcessor.from_model(model, processor)
     order = sorted(range(len(items)), key=lambda k: len(items[k].actions))
     solutions: dict[int, Solution] = {}
-    for first in range(0, len(order), batch_size):
-        indices = tuple(order[first : first + batch_size])
+    while order:  # rows of one length end together: none is fed pads while others go on
+        length = len(items[order[0]].actions)
+        indices = tuple(k for k in order[:batch_size] if len(items[k].actions) == length)
+        order = order[len(indices) :]
         rows = [items[k] for k in indices]
         inputs = {k: v.to(model.device) for k, v in build_inputs(processor, rows, context).items()}
         call = _Call(model, processor, rows, rule, generate_kwargs, on_batch)

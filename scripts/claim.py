@@ -1,0 +1,313 @@
+"""The arms of the router comparison: the same steps, data, optimiser and LoRA for each.
+
+    python scripts/claim.py train --model anole --arm dare_lh --budget paper --seed 0 --out runs
+    python scripts/claim.py evaluate --model anole --arm dare_lh --budget paper --seed 0 --out runs
+    python scripts/claim.py evaluate ... --change shuffled        (an intervention)
+
+`evaluate` appends one JSON line a task and split to runs/results.jsonl, with one digit an item;
+scripts/claim_report.py makes the tables. What is compared, and by which margins, is in docs/log.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from dare_hf import DareConfig, apply_dare, last_report
+from dare_hf.calibration import fit_router
+from dare_hf.demo.embedded import load_embedded, runner_type, safe_config
+from dare_hf.recipes import Recipe, train
+from dare_hf.tasks import ghost, ghost_run, maze, mvot, scene, vocot
+
+ARMS: dict[str, dict[str, Any] | None] = {
+    "full": None,
+    "random": {"scorer": "random", "schedule": "constant"},
+    # UniPrune's rule: one router and one rate for all tokens, no cut, no hard loss, no prefix.
+    "symmetric": {
+        "schedule": "constant",
+        "image_token_ids": (),
+        "prefix_tokens": 0,
+        "lambda_hard": 0.0,
+        "hop_aware": False,
+    },
+    "constant": {"schedule": "constant"},
+    "dare_l": {"hop_aware": False},
+    "dare_lh": {},
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "anole": {
+        "recipe": {
+            "task": ("maze", "ghost"),
+            "steps": 150,
+            "batch_size": 8,
+            "warmup": 15,
+            "learning_rate": 5e-4,
+            "router_lr": 5e-4,
+            "rate_lr": 1e-2,
+        },
+        "tasks": {"maze": (maze, mvot.solve), "ghost": (ghost, ghost_run.solve)},
+        "dare": {"max_hops": 6},
+        "budgets": {"paper": (0.4, 0.7), "lean": (0.15, 0.4)},
+    },
+    "volcano": {
+        "recipe": {
+            "task": ("scene",),
+            "steps": 600,
+            "batch_size": 32,
+            "warmup": 30,
+            "learning_rate": 1e-3,
+            "router_lr": 1e-3,
+            "rate_lr": 2e-2,
+        },
+        "tasks": {"scene": (scene, vocot.solve)},
+        "dare": {"max_hops": 4},
+        "budgets": {"paper": (0.4, 0.7), "lean": (0.3, 0.6)},
+    },
+}
+CALIBRATE = 16
+LORA = {"r": 16, "lora_alpha": 32}
+SPLITS = ("easy", "hard")
+CHANGES = ("shuffled", "swapped", "layer_rates")
+
+
+def delimiters(model: str, processor: Any) -> tuple[int, ...]:
+    """What ends a hop in all tasks of a model; anole's separator does in both of its tasks."""
+    if model == "anole":
+        return ghost_run.delimiters(processor)
+    return (runner_type(model).delimiter(processor),)
+
+
+def dare_fields(args: argparse.Namespace, processor: Any, share: float) -> dict[str, Any] | None:
+    """Fields of DareConfig of an arm; `share` is the part of tokens that are vision."""
+    fields = ARMS[args.arm]
+    if fields is None:
+        return None
+    vision, text = MODELS[args.model]["budgets"][args.budget]
+    if args.arm == "symmetric":  # the same number of tokens under one rate
+        text = round(share * vision + (1 - share) * text, 4)
+    return {
+        "vision_retention": vision,
+        "text_retention": text,
+        "hop_delimiters": delimiters(args.model, processor),
+        **MODELS[args.model]["dare"],
+        **fields,
+    }
+
+
+def vision_share(name: str) -> float:
+    """Share of vision among all tokens of 64 training solutions."""
+    from dare_hf.modality import vision_token_ids
+    from dare_hf.recipes.data import TaskCollator, TaskStream
+    from dare_hf.routing.selection import isin_ids
+
+    model, processor = load_embedded(name)
+    tasks = MODELS[name]["recipe"]["task"]
+    stream = TaskStream(tasks, 64, 999)
+    made = TaskCollator(model, processor)([stream[k] for k in range(64)])
+    vision = isin_ids(made["input_ids"], vision_token_ids(model.config))
+    return float(vision.sum() / made["attention_mask"].sum())
+
+
+def folder(args: argparse.Namespace) -> Path:
+    """Where an arm's adapters are."""
+    budget = "full" if args.arm == "full" else args.budget
+    alone = "_router_only" if args.router_only else ""
+    return Path(args.out) / f"{args.model}_{args.arm}{alone}_{budget}_{args.seed}"
+
+
+def run_training(args: argparse.Namespace) -> None:
+    """Train one arm."""
+    _, processor = load_embedded(args.model)
+    recipe = Recipe(
+        model=args.model,
+        out=str(folder(args)),
+        dare=dare_fields(args, processor, vision_share(args.model)),
+        lora=None if args.router_only else LORA,
+        seed=args.seed,
+        calibrate=CALIBRATE,
+        **(MODELS[args.model]["recipe"] | ({"steps": args.steps} if args.steps else {})),
+    )
+    train(recipe)
+
+
+def changed(args: argparse.Namespace, source: Path, target: Path) -> Path:
+    """A copy of a router adapter with an intervention.
+
+    "shuffled" ranks the tokens of each layer by chance and keeps its rates; "swapped" reverses the
+    order of the hops' rates; "layer_rates" takes the rates DARE-L learned, for every hop.
+    """
+    shutil.copytree(source, target)
+    settings = json.loads((target / "adapter_config.json").read_text())
+    path = target / "adapter_model.safetensors"
+    tensors = load_file(path)
+    rates = {name: value for name, value in tensors.items() if name.endswith("rate_logits")}
+    if args.change == "shuffled":
+        settings["scorer"] = "random"
+    if args.change == "swapped":
+        for name, value in rates.items():  # row 1 serves no hop
+            order = [len(value) - 1, 1, *range(len(value) - 2, 1, -1), 0]
+            tensors[name] = value[order].contiguous()
+    if args.change == "layer_rates":
+        other = argparse.Namespace(**{**vars(args), "arm": "dare_l"})
+        learned = load_file(folder(other) / "dare" / "adapter_model.safetensors")
+        for name, value in rates.items():
+            tensors[name] = learned[name].expand_as(value).contiguous()
+    save_file(tensors, path, metadata={"format": "pt"})
+    (target / "adapter_config.json").write_text(json.dumps(settings))
+    return target
+
+
+def load_arm(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model of an arm as it generates, and its processor."""
+    model, processor = load_embedded(args.model)
+    if args.arm == "safe":
+        config = safe_config(processor, args.model)
+        config.hop_delimiters = delimiters(args.model, processor)
+        return apply_dare(model, config), processor
+    if args.arm == "calibrated":
+        return calibrated(args, model, processor), processor
+    where = folder(args)
+    if not args.router_only:
+        model.load_adapter(str(where / "lora"))
+    if args.arm == "full":  # everything is kept, in a cache that does not copy itself each step
+        keep = DareConfig(
+            vision_retention=1.0,
+            text_retention=1.0,
+            schedule="constant",
+            hop_delimiters=delimiters(args.model, processor),
+        )
+        return apply_dare(model, keep), processor
+    if not (where / "dare").exists():
+        return apply_dare(model, DareConfig(**dare_fields(args, processor, 0.0) or {})), processor
+    source = where / "dare"
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.change:
+            source = changed(args, source, Path(scratch) / "dare")
+        apply_dare(model, str(source))
+    return model, processor
+
+
+def calibrated(args: argparse.Namespace, model: Any, processor: Any) -> Any:
+    """Routers fitted in closed form on 32 training solutions; the backbone as it is."""
+    from dare_hf.generation.interleaved import allow_image_tokens
+    from dare_hf.recipes.data import TaskCollator, TaskStream
+
+    fields = dare_fields(argparse.Namespace(**{**vars(args), "arm": "dare_lh"}), processor, 0.0)
+    config = DareConfig(scorer="router", schedule="learned", **(fields or {}))
+    tasks = MODELS[args.model]["recipe"]["task"]
+    stream, collate = TaskStream(tasks, 32, args.seed), TaskCollator(model, processor)
+    rows = [[stream[k] for k in range(first, first + 8)] for first in range(0, 32, 8)]
+    context = allow_image_tokens(model) if args.model == "anole" else nullcontext()
+    with context:
+        fit_router(model, [collate(one) for one in rows], config)
+    return model
+
+
+class Totals:
+    """Adds up the reports of generate calls."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.sums = model, Counter()
+        self.retention: Counter = Counter()
+        self.calls: Counter = Counter()
+
+    def __call__(self, batch: mvot.BatchOutput) -> None:
+        """Takes over the last call's report, weighted by its rows."""
+        if "_dare" not in vars(self.model):
+            return
+        report, rows = last_report(self.model), len(batch.indices)
+        for phase in ("prefill", "decode"):
+            self.sums[f"flops_{phase}"] += report.flops[phase]
+            self.sums[f"flops_{phase}_full"] += report.flops_baseline[phase]
+        self.sums["kv"] += report.kv_bytes
+        self.sums["kv_full"] += report.kv_bytes_baseline
+        for hop, layers in enumerate(report.retention):
+            for layer, kinds in enumerate(layers):
+                for kind, value in kinds.items():
+                    if value is not None:
+                        self.retention[f"{hop} {layer} {kind}"] += value * rows
+                        self.calls[f"{hop} {layer} {kind}"] += rows
+
+    def shares(self) -> dict[str, Any]:
+        """Ratios to the unpruned run, and mean retention by hop, layer and modality."""
+        s = self.sums
+        if not s:
+            return {"flops": 1.0, "flops_prefill": 1.0, "kv": 1.0}
+        both = s["flops_prefill"] + s["flops_decode"]
+        return {
+            "flops": both / (s["flops_prefill_full"] + s["flops_decode_full"]),
+            "flops_prefill": s["flops_prefill"] / s["flops_prefill_full"],
+            "kv": s["kv"] / s["kv_full"],
+            "retention": {k: round(v / self.calls[k], 4) for k, v in self.retention.items()},
+        }
+
+
+def run_evaluation(args: argparse.Namespace) -> None:
+    """Solve the held-out items of each task and split; one JSON line each."""
+    model, processor = load_arm(args)
+    model.eval()
+    for name, (task, solve) in MODELS[args.model]["tasks"].items():
+        if args.tasks and name not in args.tasks.split(","):
+            continue
+        for split in args.splits.split(","):
+            started, totals = time.perf_counter(), Totals(model)
+            items = task.sample(args.n, split, args.items_seed)
+            solutions = solve(model, processor, items, args.batch_size, on_batch=totals)
+            line = {
+                "model": args.model,
+                "arm": args.arm + ("_router_only" if args.router_only else ""),
+                "change": args.change,
+                "budget": args.budget,
+                "seed": args.seed,
+                "task": name,
+                "split": split,
+                "n": args.n,
+                "items_seed": args.items_seed,
+                "accuracy": sum(s.correct for s in solutions) / len(solutions),
+                "unparsed": sum(s.answer is None for s in solutions) / len(solutions),
+                **totals.shares(),
+                "seconds": round(time.perf_counter() - started, 1),
+                "right": "".join(str(int(s.correct)) for s in solutions),
+            }
+            with (Path(args.out) / "results.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            shown = {k: v for k, v in line.items() if k not in ("right", "retention")}
+            print(json.dumps(shown), file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["train", "evaluate"])
+    parser.add_argument("--model", choices=list(MODELS), required=True)
+    parser.add_argument("--arm", required=True, choices=[*ARMS, "safe", "calibrated"])
+    parser.add_argument("--budget", choices=["paper", "lean"], default="paper")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="runs")
+    parser.add_argument("--steps", type=int, help="another number of steps, for a trial")
+    parser.add_argument("--router_only", action="store_true", help="no LoRA: a frozen backbone")
+    parser.add_argument("--change", choices=CHANGES, help="an intervention on DARE-LH")
+    parser.add_argument("--tasks", default="")
+    parser.add_argument("--splits", default=",".join(SPLITS))
+    parser.add_argument("--n", type=int, default=1000)
+    parser.add_argument("--items_seed", type=int, default=7)
+    parser.add_argument("--batch_size", type=int, default=100)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    run_training(args) if args.command == "train" else run_evaluation(args)
+
+
+if __name__ == "__main__":
+    main()
