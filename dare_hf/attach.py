@@ -17,6 +17,7 @@ from dare_hf.controller import Controller
 from dare_hf.errors import DareStateError
 from dare_hf.generate import routed_generate
 from dare_hf.masks import is_flash
+from dare_hf.refused_caches import check_attention_cache, refuse_continuous_batching
 from dare_hf.routed_layer import LayerState, parameter_names, routed_forward
 from dare_hf.routers.holder import device_of
 from dare_hf.routers.router import Router
@@ -94,6 +95,7 @@ def check_free(target: Any) -> None:
 def new_controller(settings: Settings, anatomy: Anatomy) -> Controller:
     """The controller of a model that has no DARE yet."""
     implementation = anatomy.text_config._attn_implementation
+    check_attention_cache(implementation)
     exempt = _exempt_layers(anatomy, implementation)
     controller = Controller(settings, anatomy, implementation, exempt)
     if exempt:
@@ -127,6 +129,8 @@ def attach(target: Any, controller: Controller, undo: UndoRecord, owner: Owner) 
         undo.hook(module.register_forward_pre_hook(_open_forward, with_kwargs=True))
         undo.hook(module.register_forward_hook(_close_forward, prepend=True, always_call=True))
     undo.set(target, "generate", types.MethodType(routed_generate, target))
+    refusal = types.MethodType(refuse_continuous_batching, target)
+    undo.set(target, "init_continuous_batching", refusal)
     for index, layer in enumerate(anatomy.layers):
         layer_state = LayerState(
             controller=controller,

@@ -16,6 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dare_hf.cache.ring import QueryRing
+from dare_hf.errors import DareStateError
 from dare_hf.routing.scores import HeadMean, attention_scores, local_mean
 
 if TYPE_CHECKING:
@@ -73,6 +74,28 @@ def observed_name(implementation: str) -> str:
         if implementation in masks.valid_keys():
             AttentionMaskInterface.register(name, masks[implementation])
     return name
+
+
+def check_attention(config: Any, implementation: str, watched: bool) -> None:
+    """Refuse a text model whose attention is another than when DARE was put on.
+
+    Masks are gathered in the form of that one, and scores are read by its watching twin.
+
+    Args:
+        config: The text config.
+        implementation: The name it had.
+        watched: Whether attention has to be read.
+
+    Raises:
+        DareStateError: It is another now.
+    """
+    now = config._attn_implementation_internal
+    if now != PREFIX + implementation and (watched or now != implementation):
+        raise DareStateError(
+            f"expected the attention implementation the model had when DARE was put on, "
+            f"{implementation!r}; it is {now!r} now (set_attn_implementation?). Call "
+            "remove_dare(model), set the attention implementation, then apply_dare(model) again"
+        )
 
 
 def _observing(implementation: str) -> Any:

@@ -12,14 +12,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dare_hf.accounting import shapes_of
 from dare_hf.adapters import attention_of
+from dare_hf.attention import check_attention
 from dare_hf.cache import DareCache, TokenLog
 from dare_hf.compaction import compact
-from dare_hf.errors import DareInputError, DareStateError
+from dare_hf.errors import DareStateError
 from dare_hf.hop_mask import InnerHops
 from dare_hf.hop_pruning import never_thins
 from dare_hf.plan import Planner
 from dare_hf.reading import close_context, open_context
 from dare_hf.recorder import Recorder
+from dare_hf.refused_caches import check_caches
 from dare_hf.simulation import SimulationRecord, open_simulation
 from dare_hf.tensor_parallel import kv_shares, share_note
 from dare_hf.thread_state import OpenForward, ThreadState
@@ -65,10 +67,8 @@ class Controller:
         self.configure(settings)
         shapes = shapes_of(anatomy.layers, anatomy.text_config)
         shares = kv_shares(anatomy)
-        self.shapes = [
-            replace(shape, window=None, kv_shares=n)
-            for shape, n in zip(shapes, shares, strict=True)
-        ]
+        pairs = zip(shapes, shares, strict=True)
+        self.shapes = [replace(shape, window=None, kv_shares=n) for shape, n in pairs]
         self.notes = share_note(shares)
         if any(shape.window for shape in shapes):
             self.notes.append(
@@ -93,6 +93,7 @@ class Controller:
         config, table = settings.config, settings.table
         self.config, self.table = config, table
         self.scorer, self.rules = settings.scorer, settings.rules
+        self._observes = settings.observes
         self.planner = Planner(config, table)
         rates = [rate for row in (*table.vision, *table.text) for rate in row]
         self.never_prunes = min(rates) >= 1.0 and config.max_kv_tokens is None
@@ -198,11 +199,14 @@ class Controller:
 
         Raises:
             DareInputError: A foreign cache, or modality that cannot be told.
+            DareStateError: The attention implementation was changed since DARE was put on.
         """
         self._drop_stale(module)
         if self.disabled or self._local.contexts:
             return _without_own(kwargs)
         self.follow_adapter()
+        check_caches(kwargs)
+        check_attention(self.anatomy.text_config, self.base_implementation, self._observes)
         call = self._local.calls[-1] if self._local.calls else None
         if call is None and self._open_simulation(module, kwargs):
             self._keep_span(kwargs)
@@ -239,7 +243,6 @@ class Controller:
 
     def _open_simulation(self, module: Any, kwargs: dict[str, Any]) -> bool:
         """Open the context of a training forward, where this is one the compact path leaves."""
-        check_cache(kwargs.get("past_key_values"))
         context = open_simulation(kwargs | self._local.lesson, self)
         if context is None:
             return False
@@ -312,7 +315,6 @@ class Controller:
     def _cache_for(self, kwargs: dict[str, Any]) -> DareCache | None:
         """The DareCache of a forward; one is made where HF would make its own."""
         cache = kwargs.get("past_key_values")
-        check_cache(cache)
         if cache is not None:
             return self._arranged(cache)
         wanted = kwargs.get("use_cache")
@@ -388,19 +390,6 @@ class Controller:
 def _without_own(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword arguments without those that only DARE reads."""
     return {name: value for name, value in kwargs.items() if name not in _OWN}
-
-
-def check_cache(cache: Any) -> None:
-    """Refuse a cache that is no DareCache.
-
-    Raises:
-        DareInputError: It is another cache; lengths and masks would be wrong.
-    """
-    if cache is not None and not isinstance(cache, DareCache):
-        raise DareInputError(
-            f"past_key_values: expected a DareCache or nothing; got {type(cache).__name__}, whose "
-            "layers cannot hold different tokens. Pass DareCache(), or leave it out"
-        )
 
 
 def _marker(kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -13,9 +13,9 @@ from transformers.utils import logging
 from dare_hf.cache import DareCache
 from dare_hf.compat import check_prefill_chunks
 from dare_hf.context import GenerationCall
-from dare_hf.controller import check_cache
 from dare_hf.errors import DareInputError, DareStateError
 from dare_hf.modality import check_mask
+from dare_hf.refused_caches import check_cache, check_implementation
 from dare_hf.routing.selection import isin_ids
 
 if TYPE_CHECKING:
@@ -112,11 +112,7 @@ def _with_cache(model: Any, kwargs: dict[str, Any], config: Any) -> dict[str, An
     kwargs = dict(kwargs)
     check_cache(kwargs.get("past_key_values"))
     asked = kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)
-    if asked is not None:
-        raise DareInputError(
-            "cache_implementation: expected none, since DARE brings its own cache; got "
-            f"{asked!r}. Leave it out, or run inside `with dare_disabled(model)`"
-        )
+    check_implementation(asked)
     own = getattr(model.generation_config, "cache_implementation", None)
     if own is not None:
         logger.info("cache_implementation=%r of the checkpoint is replaced by DareCache", own)
