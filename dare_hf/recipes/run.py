@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from dare_hf.recipes.recipe import Recipe
 
 DARE, LORA = "dare", "lora"
-# Logits of a fitted rate: from 10 to 90 %, where the slope is not lost.
-_FREE = 2.2
+# Logits of a fitted rate: from 0.7 to 99.3 %, which keeps all of a short span.
+_FREE = 5.0
 
 
 @dataclass(frozen=True)
