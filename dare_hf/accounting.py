@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 ROUTER_MODULE = "dare_router"  # counted by router_flops, not as part of the layer
 _BASE_LAYER = "base_layer"  # where PEFT's wrappers keep the layer they wrap
@@ -27,7 +27,7 @@ class LayerShape:
     Attributes:
         linear_macs: Multiply-adds of all linear maps that one token passes through.
         q_heads: Query heads.
-        kv_heads: Key and value heads stored in the cache.
+        kv_heads: Key and value heads stored in the cache; 0 where an earlier layer's are read.
         qk_dim: Width of one query or key head.
         v_dim: Width of one value head.
         window: Tokens a sliding-window layer attends to, itself included; None for full attention.
@@ -65,7 +65,7 @@ class LayerShape:
         return cls(
             linear_macs=linear_macs_per_token(layer),
             q_heads=q_out // qk_dim,
-            kv_heads=k_out // qk_dim,
+            kv_heads=0 if getattr(attention, "is_kv_shared_layer", False) else k_out // qk_dim,
             qk_dim=qk_dim,
             v_dim=v_dim,
             window=_window(attention, config),
@@ -136,7 +136,10 @@ def forward_flops(
 
 
 def unpruned_flops(
-    shapes: Sequence[LayerShape], queries: Sequence[int], lengths: Sequence[int]
+    shapes: Sequence[LayerShape],
+    queries: Sequence[int],
+    lengths: Sequence[int],
+    tails: Mapping[int, Sequence[int]] | None = None,
 ) -> int:
     """FLOPs of the same forward with every token in every layer.
 
@@ -144,10 +147,16 @@ def unpruned_flops(
         shapes: One per layer.
         queries: [rows] real tokens of this forward.
         lengths: [rows] real tokens seen so far, those of this forward included.
+        tails: [rows] the last tokens that are all a layer computes even unpruned, by its index.
     """
     macs, cached = 0, {}
     total = sum(queries)
-    for shape in shapes:
+    for index, shape in enumerate(shapes):
+        if tails and index in tails:
+            pairs = [(q, n) for q, n in zip(tails[index], lengths, strict=True)]
+            keys = sum(q * shape.unpruned_keys(q, n) for q, n in pairs)
+            macs += shape.linear_macs * sum(tails[index]) + shape.pair_macs * keys
+            continue
         if shape.window not in cached:
             rows = zip(queries, lengths, strict=True)
             cached[shape.window] = sum(q * shape.unpruned_keys(q, n) for q, n in rows)

@@ -122,7 +122,8 @@ class ActiveAdapter:
         first = routers[0]
         rows = [first.rate_row(hop) for hop in range(len(rates[0]))]
         by_hop = [[layer[row] for layer in rates] for row in rows]
-        return learned_table(by_hop, plan_every=settings.config.plan_every)
+        table = learned_table(by_hop, plan_every=settings.config.plan_every)
+        return table.following(settings.sources)
 
 
 def _logits(router: Router) -> Tensor:

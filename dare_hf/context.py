@@ -68,6 +68,25 @@ class GenerationCall:
     injecting: bool = False
 
 
+@dataclass(frozen=True)
+class KeyView:
+    """The keys one layer attends to, for the layers that read them too.
+
+    Attributes:
+        columns: Long[B|1, C] logical position of each key, -1 for holes; the new ones last.
+        cached: How many of them were stored before this forward.
+        holes: Whether some are -1.
+        gathered: Whether HF's logical mask does not fit them.
+        held: Per row the real tokens stored before.
+    """
+
+    columns: Tensor
+    cached: int
+    holes: bool
+    gathered: bool
+    held: list[int]
+
+
 @dataclass
 class ForwardContext:
     """One forward. Tensors are on the model's device; lists are host numbers per row.
@@ -93,6 +112,7 @@ class ForwardContext:
         injected: Whether the span came after other tokens: an injection or a new chat turn.
         head_rows: Rows the language-model head computes.
         plans: Per layer the plan it ran with.
+        keys: What other layers read of a layer's keys, by its index.
         full_plan: The plan under which all real tokens run, once a layer has asked for it.
         cached_before: Per layer the real tokens per row its cache held before.
         attention_score: Float[B, S] running score of the attention scorer.
@@ -123,6 +143,7 @@ class ForwardContext:
     span_ends: list[int] | None = None
     injected: bool = False
     plans: dict[int, Plan] = field(default_factory=dict)
+    keys: dict[int, KeyView] = field(default_factory=dict)
     cached_before: dict[int, list[int]] = field(default_factory=dict)
     full_plan: Plan | None = None
     attention_score: Tensor | None = None

@@ -32,6 +32,7 @@ class Plan:
             are live.
         keep: Bool[B, S] the running tokens; None when all real ones run.
         scores: Float32[B, S] they were chosen by, None where none were needed.
+        cut: Whether transformers hands the layer its last columns only.
         gathered: What was gathered for this plan, by argument name and identity; None once the
             forward is over (kept, it would hold the very tensors a recomputation is found by).
     """
@@ -42,6 +43,7 @@ class Plan:
     live: Tensor | None = None
     keep: Tensor | None = None
     scores: Tensor | None = None
+    cut: bool = False
     gathered: dict[Any, tuple[Any, Any]] | None = field(default_factory=dict)
     _queries: tuple[Tensor, Tensor] | None = None
 
@@ -87,6 +89,18 @@ class Plan:
             last = order.topk(min(window, self.width), dim=1).values
             self._queries = (last - 1).clamp(min=0), last > 0
         return self._queries
+
+    def tail(self, context: ForwardContext, width: int) -> Plan:
+        """The plan of a layer that transformers hands the last `width` columns only.
+
+        They all run: the span's last token is forced, and sampled ones follow it.
+        """
+        last = torch.arange(context.length - width, context.length, device=context.device)
+        index = last.expand(context.batch, -1)
+        live = None if context.valid is None else context.valid[:, -width:]
+        ends = [[int(any(row)), 0] for row in context.counts]
+        real = context.modality >= 0
+        return Plan(ends, width, index, live, real, self.scores, cut=True, gathered=None)
 
     def spread(self, scores: Tensor, previous: Tensor | None, context: ForwardContext) -> Tensor:
         """[B, K] scores written into the full [B, S]; tokens that did not run keep their last."""

@@ -31,6 +31,7 @@ class Recorder:
     def __init__(self, controller: Controller, cache: DareCache | None) -> None:
         anatomy = controller.anatomy
         self.shapes = controller.shapes
+        self.sources = anatomy.sources
         vocab = getattr(anatomy.text_config, "vocab_size", 0)
         self.builder = ReportBuilder(
             self.shapes,
@@ -74,10 +75,12 @@ class Recorder:
         running = {id(plan): plan.running(context) for plan in plans}
         queries = [running[id(plan)] for plan in plans]
         before = [context.cached_before.get(i) or [0] * context.batch for i in layers]
-        keys = [
+        own = [
             [c + q for c, q in zip(b, run, strict=True)]
             for b, run in zip(before, queries, strict=True)
         ]
+        keys = [own[source] for source in self.sources]
+        tails = {i: queries[i] for i in layers if plans[i].cut}
         if context.cache is not None:
             self._kept = [context.cache.layer(i).kept_host for i in layers]
         real = context.real_counts
@@ -89,7 +92,7 @@ class Recorder:
             self._real = carried
         self._real = [a + b for a, b in zip(self._real, real, strict=True)]
         phase: Phase = "decode" if context.span is None else "prefill"
-        self.builder.forward(queries, keys, real, self._real, phase)
+        self.builder.forward(queries, keys, real, self._real, phase, tails)
         self.builder.head(context.head_rows, phase)
         self._note_scoring(context, keys, phase)
         self._note_span(context)
@@ -97,7 +100,8 @@ class Recorder:
     def _note_scoring(self, context: ForwardContext, keys: list[list[int]], phase: Phase) -> None:
         flops, tokens = 0, sum(context.real_counts)
         for index, plan in context.plans.items():
-            if plan.scores is None or context.plans.get(index - 1) is plan:
+            reused = self.sources[index] != index or context.plans.get(index - 1) is plan
+            if plan.scores is None or reused:
                 continue
             shape = self.shapes[index]
             if self.scorer == "attention" and index >= UNSCORED_LAYERS:
@@ -127,8 +131,8 @@ class Recorder:
             for row, counts in enumerate(context.counts):
                 for m in (TEXT, VISION):
                     self._totals[row][m] += counts[m]
-                    for layer in range(len(self.shapes)):
-                        self._held[layer][row][m] += context.plans[layer].kept[row][m]
+                    for layer, source in enumerate(self.sources):
+                        self._held[layer][row][m] += context.plans[source].kept[row][m]
         if context.span_ends is not None and not any(context.span_hop):
             self._record([0] * batch)
         if any(self._begun):
@@ -140,9 +144,9 @@ class Recorder:
         for row, hop in enumerate(hops):
             if not (hop or first):
                 continue
-            for layer in range(len(self.shapes)):
+            for layer, source in enumerate(self.sources):
                 for m in (TEXT, VISION):
-                    held, total = self._held[layer][row][m], self._totals[row][m]
+                    held, total = self._held[source][row][m], self._totals[row][m]
                     self.builder.retention(hop, layer, m, held, total)
 
     def freeze(self, cache: DareCache | None = None) -> None:

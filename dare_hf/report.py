@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dare_hf import accounting
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from dare_hf.accounting import LayerShape
 
@@ -118,6 +118,7 @@ class ReportBuilder:
         full_queries: Sequence[int],
         full_lengths: Sequence[int],
         phase: Phase,
+        tails: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
         """Adds one forward of all layers.
 
@@ -127,10 +128,11 @@ class ReportBuilder:
             full_queries: [rows] real tokens of the forward.
             full_lengths: [rows] real tokens of the sequence so far, those of this forward included.
             phase: "prefill" for spans, "decode" for sampled tokens.
+            tails: [rows] tokens that are all a layer computes even unpruned, by its index.
         """
         report, shapes = self._report, self.shapes
         report.flops[phase] += accounting.forward_flops(shapes, queries, keys)
-        full = accounting.unpruned_flops(shapes, full_queries, full_lengths)
+        full = accounting.unpruned_flops(shapes, full_queries, full_lengths, tails)
         report.flops_baseline[phase] += full
 
     def head(self, rows: int, phase: Phase) -> None:

@@ -112,7 +112,7 @@ def routed_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
         output = state.inner(hidden_states, **kwargs)
         context.capture_layer = -1
         return _scatter(_scaled(state, plan, hidden_states, output), hidden_states, plan)
-    if hidden_states.shape[-2] < context.length:  # transformers has cut all but the last columns
+    if plan.cut:
         kwargs["attention_mask"] = _tail_mask(state, context, plan, kwargs)
         output = state.inner(hidden_states, **kwargs)
         context.capture_layer = -1

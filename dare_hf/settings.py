@@ -31,12 +31,14 @@ class Settings:
         table: Rates by hop, layer and modality; of a learned schedule those it starts from.
         scorer: Who scores tokens.
         rules: What the configuration says about single tokens.
+        sources: For each layer the one whose keys it reads, and that it follows.
     """
 
     config: DareConfig
     table: RetentionTable
     scorer: Scorer
     rules: TokenRules
+    sources: tuple[int, ...]
 
     @property
     def observes(self) -> bool:
@@ -87,7 +89,7 @@ def resolve(model: Any, config: DareConfig, anatomy: Anatomy, processor: Any = N
     for sequence in delimiters:
         check_ids("hop_delimiters", sequence, model_config, rows)
     scorer = make_scorer(config, (spec.pre_attention_norm, spec.key_projection))
-    table = _table(config, len(anatomy.layers), scorer)
+    table = _table(config, anatomy, scorer)
     prunes_text = min(min(row) for row in table.text) < 1.0
     if prunes_text and scorer.untrained:
         _warn_text(config)
@@ -103,14 +105,24 @@ def resolve(model: Any, config: DareConfig, anatomy: Anatomy, processor: Any = N
         window=config.decode_window,
         type_ids=spec.type_ids,
     )
-    return Settings(config, table, scorer, rules)
+    return Settings(config, table, scorer, rules, anatomy.sources)
 
 
-def _table(config: DareConfig, num_layers: int, scorer: Scorer) -> RetentionTable:
-    """The rates of a schedule; of "learned" those it starts from: the two_stage table."""
+def _table(config: DareConfig, anatomy: Anatomy, scorer: Scorer) -> RetentionTable:
+    """The rates of a schedule; of "learned" those it starts from: the two_stage table.
+
+    A schedule is laid over the layers that own keys; the others follow their source. A list has
+    a pair for every layer, of which those of followers are not read.
+    """
+    layers, owners = len(anatomy.layers), len(set(anatomy.sources))
+    schedule = "two_stage" if config.learns_rates else config.schedule
+    if not isinstance(schedule, str) and len(schedule) == layers:
+        schedule = schedule[:owners]
+    elif not isinstance(schedule, str):
+        owners = layers  # refused, with the number of layers that was expected
     table = build_table(
-        num_layers,
-        schedule="two_stage" if config.learns_rates else config.schedule,
+        owners,
+        schedule=schedule,
         vision_retention=config.vision_retention,
         text_retention=config.text_retention,
         cut_layer=config.cut_layer,
@@ -119,10 +131,11 @@ def _table(config: DareConfig, num_layers: int, scorer: Scorer) -> RetentionTabl
         hop_decay=config.hop_decay if config.hop_aware else 1.0,
         scorer_needs_history=scorer.needs_attention and not config.learns_rates,
     )
-    if not config.learns_rates:
-        return table
-    pairs = [list(zip(t, v, strict=True)) for v, t in zip(table.vision, table.text, strict=True)]
-    return learned_table(pairs, plan_every=config.plan_every)
+    if config.learns_rates:
+        hops = zip(table.text, table.vision, strict=True)
+        pairs = [list(zip(*rows, strict=True)) for rows in hops]
+        table = learned_table(pairs, plan_every=config.plan_every)
+    return table.following(anatomy.sources)
 
 
 def check_adapter(config: DareConfig, *, present: bool) -> None:

@@ -19,6 +19,7 @@ _TEXT_ONLY = "text in the self-attention layers; images are no tokens there"
 _LINEAR = ("linear_attn",)
 _CONV = ("conv",)
 _CONVOLUTION = "convolution layers run every token"
+_SHARED = "layers that share another's keys run what that one runs, and store nothing"
 
 _OPT: dict[str, Any] = {
     "layers": "language_model.model.decoder.layers",
@@ -55,15 +56,22 @@ SUPPORTED: tuple[ModelSpec, ...] = (
     ModelSpec("fuyu", note="patches without a tower"),
     ModelSpec("gemma3", note="sliding-window layers, bidirectional image blocks"),
     ModelSpec(
+        "gemma3n",
+        token_kwargs=(("per_layer_input", -2),),
+        streams=True,
+        note=f"four streams of hidden states (AltUp), kept or skipped together; {_SHARED}; "
+        "per-layer inputs; held to the laws on random features: its tower needs timm",
+    ),
+    ModelSpec(
         "gemma4",
         since="5.5",
         token_kwargs=(("per_layer_input", -2),),
-        note="per-layer inputs; refused where layers share keys (num_kv_shared_layers > 0)",
+        note=f"per-layer inputs; {_SHARED}",
     ),
     ModelSpec(
         "gemma4_unified",
         since="5.10",
-        note="images without a tower; refused where layers share keys",
+        note=f"images without a tower; {_SHARED}",
     ),
     ModelSpec("glm46v", note=_MROPE),
     ModelSpec("glm4v", note=_MROPE),
@@ -183,7 +191,6 @@ REFUSED: dict[str, str] = {
     "dots3_note": _INDEXER,
     "evolla": "it reads proteins and no images, through cross-attention adapters in its layers",
     "florence2": _CROSS,
-    "gemma3n": "its layers run on four streams of hidden states (AltUp), not on one",
     "git": "its vision tokens are joined in front of the text inside its forward, without ids",
     "glm5_next": _INDEXER,
     "inkling2": _SHORT_CONVOLUTION,

@@ -10,7 +10,7 @@ from dare_hf.adapters.spec import ModelSpec
 from dare_hf.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 SUPPORT_PAGE = "docs/supported-models.md"
 
@@ -31,6 +31,8 @@ class Anatomy:
         hooked: The modules whose forward opens a routing context, outermost first.
         slots: For each of `layers` its index in the model's cache.
         unrouted: Decoder layers without self-attention, which every token runs.
+        sources: For each of `layers` the one whose keys and values its attention reads: itself, or
+            an earlier one where layers share them.
     """
 
     spec: ModelSpec
@@ -40,6 +42,16 @@ class Anatomy:
     hooked: tuple[nn.Module, ...]
     slots: tuple[int, ...] = ()
     unrouted: tuple[nn.Module, ...] = ()
+    sources: tuple[int, ...] = ()
+
+    @property
+    def shares(self) -> bool:
+        """Whether some layers read the keys of others."""
+        return any(source != layer for layer, source in enumerate(self.sources))
+
+    def scored(self, hidden: Tensor) -> Tensor:
+        """What scorers see of the hidden states that enter a layer, [B, S, D]."""
+        return hidden[self.text_config.altup_active_idx] if self.spec.streams else hidden
 
 
 def find_spec(model_type: str | None) -> ModelSpec:
@@ -87,7 +99,8 @@ def locate(model: nn.Module) -> Anatomy:
     layers = tuple(layer for layer in found if not _without_attention(layer, spec))
     unrouted = tuple(layer for layer in found if _without_attention(layer, spec))
     slots = _check_layers(layers, text_config)
-    return Anatomy(spec, layers, text_model, text_config, hooked, slots, unrouted)
+    sources = _sources(layers, text_config)
+    return Anatomy(spec, layers, text_model, text_config, hooked, slots, unrouted, sources)
 
 
 def _without_attention(layer: nn.Module, spec: ModelSpec) -> bool:
@@ -131,12 +144,31 @@ def _check_layers(layers: tuple[nn.Module, ...], text_config: Any) -> tuple[int,
             f"expected layer types {sorted(ROUTABLE_LAYER_TYPES)}; the text model "
             f"{text_config.model_type!r} has {unknown or 'none of them'}: see {SUPPORT_PAGE}"
         )
-    if getattr(text_config, "num_kv_shared_layers", 0):
-        raise UnsupportedModelError(
-            f"expected layers that own their keys and values; {text_config.model_type!r} shares "
-            f"them between layers: see {SUPPORT_PAGE}"
-        )
     return tuple(slots)
+
+
+def _sources(layers: tuple[nn.Module, ...], text_config: Any) -> tuple[int, ...]:
+    """The layer whose keys each layer reads: the last earlier one of its type that owns any.
+
+    Raises:
+        UnsupportedModelError: Layers share keys in a way that is not known.
+    """
+    owners: dict[Any, int] = {}
+    sources = []
+    for index, layer in enumerate(layers):
+        attention: Any = attention_of(layer)
+        kind = getattr(attention, "layer_type", None)
+        if not getattr(attention, "is_kv_shared_layer", False):
+            owners[kind] = index
+        sources.append(owners.get(kind, -1))
+    shared = len(layers) - len(set(sources))
+    ordered = sources[: len(layers) - shared] == list(range(len(layers) - shared))
+    if shared != getattr(text_config, "num_kv_shared_layers", shared) or not ordered:
+        raise UnsupportedModelError(
+            "expected layers that share keys to stand behind all that own theirs, and to say so "
+            f"(is_kv_shared_layer); those of {text_config.model_type!r} do not: see {SUPPORT_PAGE}"
+        )
+    return tuple(sources)
 
 
 def describe(config: Any) -> str:

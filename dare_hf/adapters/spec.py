@@ -19,6 +19,7 @@ class ModelSpec:
             counts tokens (hidden states, masks and positions are known to the generic path).
         unrouted: Paths of modules that mark a layer without self-attention, which every token
             runs: linear attention, convolution, cross-attention, experts of their own.
+        streams: Hidden states are [streams, B, S, D], of which `config.altup_active_idx` is scored.
         generates_inside: Its generate embeds the prompt and calls the text model's own generate,
             which sees no placeholder ids.
         type_ids: Names of the arguments whose values 1 and 2 mark image and video tokens.
@@ -34,6 +35,7 @@ class ModelSpec:
     key_projection: str = "self_attn.k_proj"
     token_kwargs: tuple[tuple[str, int], ...] = ()
     unrouted: tuple[str, ...] = ()
+    streams: bool = False
     generates_inside: bool = False
     type_ids: tuple[str, ...] = ("mm_token_type_ids", "token_type_ids")
     vocabulary_images: bool = False

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dare_hf.adapters import locate
 from dare_hf.apply import last_report
 from dare_hf.cache import DareCache
 from dare_hf.config import DareConfig
@@ -95,17 +96,19 @@ def _plain(subject: Subject, batch: Batch) -> tuple[Any, Tensor]:
     return subject.generate(batch), subject.forward(batch)
 
 
-def routing_of(layers: int, pruned: str) -> OracleRouting:
+def routing_of(subject: Subject, pruned: str) -> OracleRouting:
     """The oracle's words for `PRUNED`."""
+    sources = locate(subject.model).sources
+    layers = len(sources)
     table = build_table(layers, schedule="constant", cut_layer="auto", plan_every=1, **PRUNED)
     rates = [(table.rate(0, layer, 1), table.rate(0, layer, 0)) for layer in range(layers)]
-    return OracleRouting(rates=rates, plan_layers=table.plan_layers, pruned=pruned)
+    return OracleRouting(rates=rates, plan_layers=table.plan_layers, sources=sources, pruned=pruned)
 
 
 def oracle(subject: Subject) -> None:
     """Laws 2 and 6: compact is the masked oracle, a prompt and then step by step; bytes fit."""
     for pruned in ("bypass", "drop"):
-        routing = routing_of(len(decoder_layers(subject.model)), pruned)
+        routing = routing_of(subject, pruned)
         for name, batch in subject.batches.items():
             what = f"law 2, {pruned}, {name}"
             with subject.dare(pruned=pruned, **PRUNED):
@@ -131,8 +134,16 @@ def _steps(subject: Subject, batch: Batch, out: Any, routing: OracleRouting, wha
     for step, ours in enumerate(out.logits):
         theirs = expected.logits[:, span - 1 + step].to(ours.dtype)
         hold_close(subject, ours, theirs, f"{what}, step {step}")
-    kept = torch.stack([keep.sum(dim=1) for keep in expected.keep]).tolist()
+    owners = _owners(subject)
+    kept = torch.stack(
+        [keep.sum(dim=1) * own for keep, own in zip(expected.keep, owners, strict=True)]
+    ).tolist()
     hold(out.past_key_values.kept_lengths().tolist() == kept, f"{what}: other counts are stored")
+
+
+def _owners(subject: Subject) -> list[bool]:
+    """Per layer whether it stores keys of its own."""
+    return [source == layer for layer, source in enumerate(locate(subject.model).sources)]
 
 
 def _bytes(subject: Subject, cache: DareCache, what: str) -> None:
@@ -184,7 +195,7 @@ def hops(subject: Subject) -> None:
     table = build_table(layers, **fixed, max_hops=8, hop_decay=HOPPING["hop_decay"], **PRUNED)
     rates = [[(table.rate(h, n, 1), table.rate(h, n, 0)) for n in range(layers)] for h in range(8)]
     rules = HopRules(rates=rates, window=HOP_WINDOW)
-    routing = routing_of(layers, "bypass")
+    routing = routing_of(subject, "bypass")
     for name, batch in subject.batches.items():
         what = f"hops, {name}"
         with subject.dare(**HOPPING):
@@ -204,7 +215,6 @@ def hops(subject: Subject) -> None:
 
 def attention_scores(subject: Subject) -> None:
     """Law 2 with the training-free scorer: whatever it keeps, the logits are the oracle's."""
-    layers = len(decoder_layers(subject.model))
     batch = subject.batches["padded"]
     for config in (
         DareConfig(
@@ -219,7 +229,8 @@ def attention_scores(subject: Subject) -> None:
             subject.generate(batch)
             report = last_report(subject.model)
         hold(report.kv_bytes_predicted == report.kv_bytes, f"{what}: other bytes than predicted")
-        keep = [_stored(cache, layer, batch.real) for layer in range(layers)]
+        sources = locate(subject.model).sources
+        keep = [_stored(cache, source, batch.real) for source in sources]
         if (batch.modality == 1).any():
             hold(not all(mask.equal(batch.real) for mask in keep), f"{what}: prunes nothing")
         expected = masked_forward(subject.model, batch.inputs, keep)

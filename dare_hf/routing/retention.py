@@ -43,6 +43,22 @@ class RetentionTable:
         rows = self.vision if modality == VISION else self.text
         return rows[min(hop, len(rows) - 1)][layer]
 
+    def following(self, sources: Sequence[int]) -> "RetentionTable":
+        """The table of a model whose last layers read the keys of others.
+
+        Law: such a layer runs what its source runs, at its source's rates.
+
+        Args:
+            sources: for each layer of the model the one whose keys it reads, itself where it owns
+                any; the layers of this table are those that do.
+        """
+        return RetentionTable(
+            vision=tuple(tuple(row[source] for source in sources) for row in self.vision),
+            text=tuple(tuple(row[source] for source in sources) for row in self.text),
+            plan_layers=tuple(self.plan_layers[source] for source in sources),
+            free_layers=tuple(self.free_layers[source] for source in sources),
+        )
+
     def mean(self, modality: int, hop: int = 0) -> float:
         """Realised mean rate over all layers, after clamping."""
         rates = [self.rate(hop, layer, modality) for layer in range(len(self.plan_layers))]

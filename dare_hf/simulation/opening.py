@@ -72,6 +72,7 @@ def open_simulation(arguments: Mapping[str, Any], controller: Controller) -> For
         controller.routers,
         controller.tau,
         _noise(controller),
+        controller.anatomy.sources,
     )
     return context
 

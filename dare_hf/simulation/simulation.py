@@ -18,6 +18,8 @@ from dare_hf.routing.selection import keep_mask
 from dare_hf.simulation.competition import Competition, soft_gates
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor, nn
 
     from dare_hf.config import DareConfig
@@ -78,6 +80,7 @@ class Simulation:
         routers: The active adapter's router of each layer, or None.
         tau: The Gumbel selector's temperature.
         noise: Draws the Gumbel selector's noise; None outside training.
+        sources: For each layer the one whose keys it reads; () where each reads its own.
 
     Attributes:
         record: What the auxiliary losses read.
@@ -96,9 +99,11 @@ class Simulation:
         routers: list[Router] | None,
         tau: float,
         noise: torch.Generator | None,
+        sources: Sequence[int] = (),
     ) -> None:
         self.context, self.config, self.table = context, config, table
         self.scorer, self.routers, self.tau, self.noise = scorer, routers, tau, noise
+        self.sources = sources
         self.closed = False
         self.drops = config.pruned == "drop"
         span, _ = context.span_and_forced()
@@ -110,6 +115,7 @@ class Simulation:
         self.masks: dict[Any, tuple[Any, Tensor]] = {}
         self._routes: dict[int, Route] = {}
         self._hop_gates: dict[int, Tensor] = {}
+        self._shared: dict[int, Tensor | None] = {}
         hop = context.token_hop.long()
         groups = (hop * 2 + context.modality).masked_fill(context.modality == PAD, 2 * self.hops)
         onehot = torch.nn.functional.one_hot(groups, 2 * self.hops + 1)[..., :-1]
@@ -139,6 +145,7 @@ class Simulation:
         """The forward is over: let go of its tensors, the record's too for who took it has it."""
         self.closed = True
         self.masks, self._routes, self._hop_gates, self.pruners = {}, {}, {}, []
+        self._shared = {}
         self.record = SimulationRecord(self.record.seen)
 
     def route(self, layer: nn.Module, index: int, hidden: Tensor) -> Route:
@@ -150,8 +157,15 @@ class Simulation:
 
     def key_gates(self, index: int, route: Route) -> Tensor | None:
         """Float[B, H, S]: how far queries of each hop see each key; None where they see all."""
-        if self._keeps_all(index):
-            return None
+        source = self.sources[index] if self.sources else index
+        if source != index:
+            return self._shared[source]
+        found = None if self._keeps_all(index) else self._key_gates(index, route)
+        if self.sources.count(index) > 1:
+            self._shared[index] = found
+        return found
+
+    def _key_gates(self, index: int, route: Route) -> Tensor:
         context, learns = self.context, self.learns(index)
         held = route.run & (context.modality != PAD)
         begun: list[tuple[int, Tensor, Tensor, int]] = []

@@ -13,6 +13,7 @@ import torch
 from dare_hf.testing import family_parts as parts
 from dare_hf.testing import pictures
 from dare_hf.testing.models import IMAGE_ID, VIDEO_ID
+from dare_hf.testing.no_tower import NoTowerConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -125,6 +126,15 @@ FAMILIES: dict[str, Family] = {
     "fast_vlm": Family(None, {"vision_config": parts.CLIP}, flat=True),
     "fuyu": Family(pictures.line(9, 48), {"patch_size": 4}),
     "gemma3": Family(pictures.square, parts.GEMMA3),
+    "gemma3n": Family(
+        None,
+        {
+            "vision_config": NoTowerConfig(hidden_size=16, vocab_offset=100, vocab_size=8),
+            "audio_config": {**parts.GEMMA3N_AUDIO, "vocab_offset": 108, "vocab_size": 8},
+            "text_config": {**parts.SHARING, "laurel_rank": 4},
+        },
+        flat=True,
+    ),
     "gemma4": Family(
         pictures.placed(4),
         {

@@ -51,7 +51,19 @@ LLAVA: dict[str, Any] = {"vision_config": {"image_size": 12}, "image_seq_length"
 TILED: dict[str, Any] = {**LLAVA, "image_grid_pinpoints": [[12, 24], [24, 12]]}
 PIXTRAL: dict[str, Any] = {"vision_config": {"image_size": 24, "head_dim": 8}}
 GEMMA3: dict[str, Any] = {"mm_tokens_per_image": 9, "text_config": ALTERNATING}
-GEMMA4: dict[str, Any] = {**ALTERNATING, "per_layer_config": {}}
+SHARING: dict[str, Any] = {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "rope_parameters": TWO_ROPES,
+    "num_kv_shared_layers": 2,
+}
+GEMMA4: dict[str, Any] = {**SHARING, "per_layer_config": {}}
+GEMMA3N_AUDIO: dict[str, Any] = {
+    "hidden_size": 16,
+    "conf_num_attention_heads": 2,
+    "conf_num_hidden_layers": 1,
+    "sscp_conv_channel_size": [4, 4],
+}
 PAIRS: dict[str, Any] = {"vision_config": {"image_size": [24, 24], "patch_size": [4, 4]}}
 AUDIO: dict[str, Any] = {
     "d_model": 16,

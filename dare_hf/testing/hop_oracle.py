@@ -108,10 +108,11 @@ class _HopChooser(_Chooser):
 
     def __call__(self, layer: int, hidden: Tensor) -> Tensor:
         keep = super().__call__(layer, hidden)
-        plans = self.routing.plan_layers
-        plan = layer if plans is None else plans[layer]
+        plan = self._plan(layer)
         self.scores.append(self.scores[plan] if plan < layer else self._all_scores(layer, hidden))
-        self.visible.append(self._seen(layer, keep))
+        sources = self.routing.sources
+        source = layer if sources is None else sources[layer]
+        self.visible.append(self.visible[source] if source < layer else self._seen(layer, keep))
         return keep
 
     def _all_scores(self, layer: int, hidden: Tensor) -> Tensor:

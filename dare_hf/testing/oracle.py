@@ -39,6 +39,8 @@ class OracleRouting:
     Attributes:
         rates: Retention of each layer as ``(vision, text)``.
         plan_layers: The layer whose selection each layer uses (default: its own).
+        sources: The layer whose keys each layer reads, and that it follows in everything
+            (default: its own).
         prefix_tokens: Tokens at the head of the prompt that are always kept (kappa).
         always_keep: Token ids that are always kept.
         pruned: ``"bypass"`` or ``"drop"``.
@@ -47,6 +49,7 @@ class OracleRouting:
 
     rates: Sequence[tuple[float, float]]
     plan_layers: Sequence[int] | None = None
+    sources: Sequence[int] | None = None
     prefix_tokens: int = 2
     always_keep: tuple[int, ...] = ()
     pruned: str = "bypass"
@@ -113,10 +116,11 @@ def masked_layers(
         The kept tokens of each layer, filled as the forward goes.
     """
     kept: list[Tensor] = []
+    scored = locate(model).scored
 
     def before(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         index = len(kept)
-        keep = choose(index, args[0])
+        keep = choose(index, scored(args[0]))
         kept.append(keep)
         columns = keep[:, None, :].expand(-1, keep.shape[1], -1)
         if visible is not None:
@@ -170,11 +174,18 @@ class _Chooser:
     keeps: list[Tensor] = field(default_factory=list)
 
     def __call__(self, layer: int, hidden: Tensor) -> Tensor:
-        plans = self.routing.plan_layers
-        plan = layer if plans is None else plans[layer]
+        plan = self._plan(layer)
         keep = self.keeps[plan] if plan < layer else self._select(layer, hidden)
         self.keeps.append(keep)
         return keep
+
+    def _plan(self, layer: int) -> int:
+        """The layer whose selection a layer uses."""
+        sources, plans = self.routing.sources, self.routing.plan_layers
+        source = layer if sources is None else sources[layer]
+        if source != layer:
+            return source
+        return layer if plans is None else plans[layer]
 
     def _select(self, layer: int, hidden: Tensor) -> Tensor:
         modality = self.modality[:, : self.span]

@@ -236,17 +236,18 @@ def _frames(model: PreTrainedModel, family: Family, rows: Sequence[Sample]) -> d
         return {}
     if "features" in clips[0]:
         clip = clip_of(model.config.model_type)
-        return _encoded("video", [frames["features"] for frames in clips], clip and clip.flat)
+        flat = clip is not None and clip.flat
+        return _encoded("video", [frames["features"] for frames in clips], flat)
     return {
         name: torch.cat([frames[name] for frames in clips], dim=family.joins.get(name, 0))
         for name in clips[0]
     }
 
 
-def _encoded(modality: str, features: list[Tensor], flat: bool | None) -> dict[str, Any]:
+def _encoded(modality: str, features: list[Tensor], flat: bool) -> dict[str, Any]:
     """What generate makes of pixels before it begins."""
-    output = BaseModelOutputWithPooling(pooler_output=torch.cat(features) if flat else features)
-    return {_ENCODED: {modality: output}}
+    given: Any = torch.cat(features) if flat else features
+    return {_ENCODED: {modality: BaseModelOutputWithPooling(pooler_output=given)}}
 
 
 def _pixels(model: PreTrainedModel, family: Family, rows: Sequence[Sample]) -> dict[str, Any]:
