@@ -10,11 +10,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import transformers
+from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from dare_hf.errors import DareInputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from torch import nn
 
 OLDEST = "5.19"
 """The oldest version of transformers that passes the tests; pyproject declares the same."""
@@ -49,6 +52,76 @@ def check_prefill_chunks(size: int | None) -> None:
         f"got {size} with transformers {transformers.__version__}, which leaves the images out. "
         "Leave it out, or upgrade transformers"
     )
+
+
+def check_new_images(model: nn.Module, past: int, inputs: Mapping[str, Any]) -> None:
+    """Refuse images behind a carried cache where transformers does not place them.
+
+    Args:
+        model: The model generate is called on.
+        past: Logical tokens in the cache.
+        inputs: The keyword arguments of generate.
+
+    Raises:
+        DareInputError: transformers is older than 5.23 and the model has multimodal RoPE, whose
+            positions it continues as text, or is a Gemma 3, whose two-way mask it misreads.
+    """
+    if VERSION >= (5, 23) or not past or not misplaces(model):
+        return
+    given = [n for n in MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL if inputs.get(n) is not None]
+    if given:
+        raise DareInputError(
+            f"{given[0]}: expected transformers >= 5.23 for new images behind a cache of {past} "
+            f"tokens; got transformers {transformers.__version__}, which places the images of a "
+            f"{model.config.model_type} wrongly there. Pass the whole conversation without "
+            "past_key_values, or upgrade transformers"
+        )
+
+
+def misplaces(model: nn.Module) -> bool:
+    """Whether this transformers misplaces the images of later turns of this model."""
+    mrope = any("rope_deltas" in vars(module) for module in model.modules())
+    return VERSION < (5, 23) and (mrope or model.config.model_type in _READ_BY_POSITION)
+
+
+def check_checkpoints(layer: nn.Module) -> None:
+    """Refuse gradient checkpoints that enclose the routed layer, whose router would run twice.
+
+    Args:
+        layer: A decoder layer in a training forward with hops or routers.
+
+    Raises:
+        DareInputError: Checkpointing is on and transformers is older than 5.23, where a layer's
+            checkpoint lies around its `forward`, not inside.
+    """
+    if VERSION >= (5, 23) or not getattr(layer, "gradient_checkpointing", False):
+        return
+    if layer.training:
+        raise DareInputError(
+            "gradient_checkpointing: expected transformers >= 5.23 in a training forward with "
+            f"routers or hops; got transformers {transformers.__version__}, whose checkpoints "
+            "would run the router twice. Switch it off, or upgrade transformers"
+        )
+
+
+def processed(processor: Any, **kwargs: Any) -> Any:
+    """What a Chameleon processor makes of texts that go on, without a separator behind them.
+
+    Up to 5.22 it appends the separator whatever `return_for_text_completion` says.
+
+    Args:
+        processor: A ChameleonProcessor.
+        kwargs: As it takes them; `return_tensors="pt"`, and `padding_side="left"` for several.
+    """
+    batch = processor(return_for_text_completion=True, **kwargs)
+    if VERSION >= (5, 23):
+        return batch
+    ids = batch["input_ids"]
+    assert bool((ids[:, -1] == processor.tokenizer.sep_token_id).all())
+    for name, value in batch.items():
+        if value.shape[:2] == ids.shape and value.ndim == 2:
+            batch[name] = value[:, :-1]
+    return batch
 
 
 def span_inputs(model: Any, inputs: dict[str, Any], carried: Mapping[str, Any]) -> dict[str, Any]:

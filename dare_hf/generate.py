@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import logging
 
 from dare_hf.cache import DareCache
-from dare_hf.compat import check_prefill_chunks
+from dare_hf.compat import check_new_images, check_prefill_chunks
 from dare_hf.context import GenerationCall
 from dare_hf.errors import DareInputError, DareStateError
 from dare_hf.modality import check_mask
@@ -96,6 +96,7 @@ def routed_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     if mask is None and controller.anatomy.spec.generates_inside:
         mask = _placeholders(given, controller.rules.vision_ids)
     call = _call(given, kwargs.get("past_key_values"), mask)
+    check_new_images(model, call.start, kwargs)
     call.continues = _continues(model, given, config)
     if loop is not None:
         args, kwargs = (), loop.prepare(model, call, args, kwargs)

@@ -19,6 +19,18 @@ prefills_in_chunks = pytest.mark.skipif(
     reason="prefill chunks of this transformers leave the images out, so DARE refuses them",
 )
 
+checkpoints_inside = pytest.mark.skipif(
+    compat.VERSION < (5, 23),
+    reason="checkpoints of this transformers enclose the routed layer, so DARE refuses them",
+)
+
+
+def needs_later_images(model) -> None:
+    """Skip where transformers misplaces the images of a later turn, so that DARE refuses them."""
+    if compat.misplaces(model):
+        pytest.skip("this transformers misplaces images of later turns, so DARE refuses them")
+
+
 ATTENTIONS = ("sdpa", "eager")
 BATCHES: dict[str, tuple[int, ...]] = {"alone": (1,), "padded": (0, 1, 2)}
 """Images of each row: one row, and a left-padded batch of three."""

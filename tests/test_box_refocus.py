@@ -4,7 +4,15 @@ import itertools
 
 import pytest
 import torch
-from laws import assert_close, dare, everything, generate, inputs_of, shared_model
+from laws import (
+    assert_close,
+    dare,
+    everything,
+    generate,
+    inputs_of,
+    needs_later_images,
+    shared_model,
+)
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -363,6 +371,7 @@ def test_a_frame_of_ones_own():
 def test_a_chat_turn_refers_to_the_pictures_it_brings(name):
     """The features of an earlier turn's picture are in the cache only."""
     model, heard, cache = shared_model(name), Heard(BoxRefocus()), DareCache()
+    needs_later_images(model)
     first, more = inputs_of(model, (1, 2)), inputs_of(model, (2, 1), seed=5)
     with dare(model, **PRUNED):
         out = generate(model, first, past_key_values=cache)

@@ -4,12 +4,13 @@ import ast
 import os
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 
-from dare_hf import apply_dare, compat, remove_dare
+from dare_hf import DareCache, apply_dare, compat, remove_dare
 from dare_hf.errors import DareInputError
 from dare_hf.testing import tiny_inputs, tiny_model
 
@@ -89,3 +90,69 @@ def test_type_ids_of_a_span_cover_the_sequence_where_the_mask_needs_it(monkeypat
     assert compat.span_inputs(llava, made, {"token_type_ids": whole}) is made
     monkeypatch.setattr(compat, "VERSION", (5, 23))
     assert compat.span_inputs(gemma, made, {"token_type_ids": whole}) is made
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"), [("llava", False), ("gemma3", True), ("qwen2_5_vl", True)]
+)
+def test_images_of_a_later_turn_are_refused_where_they_are_misplaced(monkeypatch, name, refused):
+    model, images = tiny_model(name), {"mm_encoder_outputs": {}, "pixel_values": torch.ones(1)}
+    monkeypatch.setattr(compat, "VERSION", (5, 23))
+    compat.check_new_images(model, 9, images)
+    monkeypatch.setattr(compat, "VERSION", (5, 22))
+    compat.check_new_images(model, 0, images)
+    compat.check_new_images(model, 9, {"pixel_values": None})
+    if refused:
+        with pytest.raises(DareInputError, match=r"expected transformers >= 5\.23 for new images"):
+            compat.check_new_images(model, 9, images)
+    else:
+        compat.check_new_images(model, 9, images)
+
+
+def test_a_later_turn_is_refused_before_anything_runs(monkeypatch):
+    model, cache = tiny_model("qwen2_5_vl"), DareCache()
+    inputs = tiny_inputs(model)
+    apply_dare(model)
+    monkeypatch.setattr(compat, "VERSION", (5, 22))
+    model.generate(**inputs, past_key_values=cache, max_new_tokens=2, do_sample=False)
+    length = cache.get_seq_length()
+    with pytest.raises(DareInputError, match="mm_encoder_outputs: expected transformers"):
+        model.generate(**inputs, past_key_values=cache, max_new_tokens=2)
+    assert cache.get_seq_length() == length
+    remove_dare(model)
+
+
+def test_checkpoints_around_a_layer_are_refused(monkeypatch):
+    layer = tiny_model("llava").train().model.language_model.layers[0]
+    monkeypatch.setattr(compat, "VERSION", (5, 22))
+    compat.check_checkpoints(layer)
+    layer.gradient_checkpointing = True
+    with pytest.raises(DareInputError, match="gradient_checkpointing: expected transformers"):
+        compat.check_checkpoints(layer)
+    compat.check_checkpoints(layer.eval())
+    monkeypatch.setattr(compat, "VERSION", (5, 23))
+    compat.check_checkpoints(layer.train())
+
+
+class Processor:
+    """Ends texts as Chameleon's processor does, in the newer or the older way."""
+
+    tokenizer = SimpleNamespace(sep_token_id=9)
+
+    def __call__(self, *, return_for_text_completion, ids):
+        open_ended = return_for_text_completion and compat.VERSION >= (5, 23)
+        ids = torch.tensor([row if open_ended else [*row, 9] for row in ids])
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "pixel_values": torch.ones(ids.shape[0], 3, 4, 4),
+        }
+
+
+@pytest.mark.parametrize("version", [(5, 22), (5, 23)])
+def test_a_text_that_goes_on_has_no_separator_behind_it(monkeypatch, version):
+    monkeypatch.setattr(compat, "VERSION", version)
+    batch = compat.processed(Processor(), ids=[[1, 2, 9], [3, 4, 5]])
+    assert batch["input_ids"].tolist() == [[1, 2, 9], [3, 4, 5]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 1]]
+    assert batch["pixel_values"].shape == (2, 3, 4, 4)

@@ -16,6 +16,7 @@ from laws import (
     forward,
     generate,
     inputs_of,
+    needs_later_images,
     shared_model,
 )
 from transformers import DynamicCache
@@ -62,6 +63,7 @@ def all_at_once(turn, inputs, more):
 
 def two_turns(model, cache, *, rows=1, run=generate):
     """Run two turns over one cache; each row brings an image in both."""
+    needs_later_images(model)
     inputs = inputs_of(model, (1,) * rows)
     first = run(model, inputs, past_key_values=cache)
     more = inputs_of(model, (1,) * rows, seed=5, text=9)

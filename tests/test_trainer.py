@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from laws import rows_of
+from laws import checkpoints_inside, rows_of
 from peft import LoraConfig, get_peft_model
 from router_runs import FIELDS, controller_of, sharpen
 from transformers import Trainer, TrainingArguments
@@ -189,7 +189,11 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path):
     assert [entry["dare/tau"] for entry in later[-2:]] == taus[2:]
 
 
-@pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"bf16": True}, pytest.param({"gradient_checkpointing": True}, marks=checkpoints_inside)],
+    ids=str,
+)
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 def test_modes_of_the_trainer_train(tmp_path, options):
     model = routed_model()

@@ -6,7 +6,9 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import ChameleonProcessor
 
+from dare_hf.compat import processed
 from dare_hf.errors import DareInputError
 from dare_hf.generation.hop_types import HopInput, Piece
 
@@ -169,11 +171,11 @@ class HopInputReader:
         token = processor.image_token
         if text is None or token not in text:
             text = self._framed(processor, token) * len(pictures) + (text or "")
-        options: dict[str, Any] = {"add_special_tokens": False}
-        if hasattr(processor, "return_for_text_completion"):
+        options: dict[str, Any] = {"add_special_tokens": False, "return_tensors": "pt"}
+        if isinstance(processor, ChameleonProcessor):
             # Chameleon's processor ends every text with a separator unless told not to.
-            options["return_for_text_completion"] = True
-        return processor(images=pictures, text=[text], return_tensors="pt", **options)
+            return processed(processor, images=pictures, text=[text], **options)
+        return processor(images=pictures, text=[text], **options)
 
     def _framed(self, processor: Any, token: str) -> str:
         """The image token in the frame that Qwen-like models have around it in their prompts."""

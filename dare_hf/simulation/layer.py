@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dare_hf.compat import check_checkpoints
 from dare_hf.errors import DareInputError, DareStateError
 from dare_hf.routing import gates
 from dare_hf.simulation.damping import mark_closed
@@ -30,20 +31,21 @@ def simulated_forward(
         layer: The decoder layer.
         state: What DARE keeps on it.
         context: The training forward.
-        hidden: [B, S, D] hidden states that enter the layer.
+        hidden: [B, S, D] hidden states that enter the layer, or streams of them.
         kwargs: The layer's keyword arguments.
 
     Returns:
         What the layer returns; a token that does not run keeps its input exactly.
 
     Raises:
-        DareInputError: The dtype or the mask cannot carry gates.
+        DareInputError: The dtype, the mask or this transformers' checkpoints cannot carry gates.
         DareStateError: The layer is repeated after its forward has ended.
 
     Source: docs/method.md, section 7.
     """
     simulation = context.simulation
     assert simulation is not None
+    check_checkpoints(layer)
     if simulation.closed:
         raise DareStateError(
             "expected checkpointing by model.activation_checkpointing_enable(); got a "
@@ -51,7 +53,8 @@ def simulated_forward(
             "checkpoint wrapper and enable it on the model"
         )
     _check_dtype(hidden)
-    route = simulation.route(layer, state.index, hidden)
+    scored = state.controller.anatomy.scored(hidden)
+    route = simulation.route(layer, state.index, scored)
     table = simulation.key_gates(state.index, route)
     learns = simulation.learns(state.index)
     if table is not None:
@@ -112,7 +115,7 @@ def _full_mask(simulation: Simulation, state: LayerState, mask: Any, hidden: Ten
 
 
 def _additive(mask: Any, causal: bool, hidden: Tensor) -> Tensor:
-    size, low = hidden.shape[1], torch.finfo(hidden.dtype).min
+    size, low = hidden.shape[-2], torch.finfo(hidden.dtype).min
     if mask is None:
         mask = torch.ones(size, size, dtype=torch.bool, device=hidden.device)
         mask = (mask.tril() if causal else mask)[None, None]

@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import ChameleonForConditionalGeneration, ChameleonProcessor
 
 from dare_hf import DareConfig, apply_dare, remove_dare
+from dare_hf.compat import processed
 from dare_hf.errors import DareInputError
 from dare_hf.generation import HopInput, HopLoop, HopState
 from dare_hf.tasks import render
@@ -213,13 +214,13 @@ class _Call:
             texts.append(text + "<sep>" + (_OPENING if answering else ""))
             pictures.append(shown)
         return dict(
-            self.processor(
+            processed(  # the separators are written above
+                self.processor,
                 text=texts,
                 images=pictures,
                 padding=True,
                 padding_side="left",
                 return_tensors="pt",
-                return_for_text_completion=True,  # the separators are written above
             )
         )
 
