@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 
+from dare_hf.accounting import shapes_of
 from dare_hf.adapters import attention_of
 from dare_hf.attention import observed_name
 from dare_hf.controller import Controller
@@ -98,11 +99,7 @@ def new_controller(settings: Settings, anatomy: Anatomy) -> Controller:
     check_attention_cache(implementation)
     exempt = _exempt_layers(anatomy, implementation)
     controller = Controller(settings, anatomy, implementation, exempt)
-    if exempt:
-        controller.notes.append(
-            f"layers {sorted(exempt)} keep everything: flash attention counts their sliding "
-            "window in stored tokens"
-        )
+    controller.notes += _notes(anatomy, exempt)
     return controller
 
 
@@ -164,6 +161,29 @@ def _exempt_layers(anatomy: Anatomy, implementation: str) -> frozenset[int]:
         return frozenset()
     windows = (getattr(attention_of(layer), "sliding_window", None) for layer in anatomy.layers)
     return frozenset(i for i, window in enumerate(windows) if window is not None)
+
+
+def _notes(anatomy: Anatomy, exempt: frozenset[int]) -> list[str]:
+    """What every report of this model says was left unpruned or counted otherwise."""
+    notes = []
+    if any(shape.window for shape in shapes_of(anatomy.layers, anatomy.text_config)):
+        notes.append(
+            "sliding-window layers are counted with all tokens on both sides: this cache stores "
+            "them so; transformers' own cache would hold the window only"
+        )
+    if anatomy.unrouted:
+        every = len(anatomy.unrouted) + len(anatomy.layers)
+        kinds = ", ".join(sorted({type(module).__name__ for module in anatomy.unrouted}))
+        notes.append(
+            f"{len(anatomy.unrouted)} of {every} layers ({kinds} without self-attention) run every "
+            "token; rates, FLOPs and bytes are those of the others"
+        )
+    if exempt:
+        notes.append(
+            f"layers {sorted(exempt)} keep everything: flash attention counts their sliding "
+            "window in stored tokens"
+        )
+    return notes
 
 
 def _attention_configs(target: Any, anatomy: Anatomy) -> list[Any]:

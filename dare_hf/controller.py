@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from dare_hf.accounting import LayerShape
     from dare_hf.active_adapter import ActiveAdapter
     from dare_hf.adapters import Anatomy
     from dare_hf.context import ForwardContext, GenerationCall
@@ -65,23 +66,9 @@ class Controller:
         self.anatomy, self.base_implementation, self.exempt = anatomy, base_implementation, exempt
         self.adapter: ActiveAdapter | None = None
         self.configure(settings)
-        shapes = shapes_of(anatomy.layers, anatomy.text_config)
-        shares = kv_shares(anatomy)
-        pairs = zip(shapes, shares, strict=True)
-        self.shapes = [replace(shape, window=None, kv_shares=n) for shape, n in pairs]
-        self.notes = share_note(shares)
-        if any(shape.window for shape in shapes):
-            self.notes.append(
-                "sliding-window layers are counted with all tokens on both sides: this cache "
-                "stores them so; transformers' own cache would hold the window only"
-            )
+        self._shares = kv_shares(anatomy)
+        self.notes = share_note(self._shares)
         self.tau = self.config.tau_start
-        if anatomy.unrouted:
-            self.notes.append(
-                f"{len(anatomy.unrouted)} of {len(anatomy.unrouted) + len(anatomy.layers)} layers "
-                f"({', '.join(sorted({type(m).__name__ for m in anatomy.unrouted}))} without "
-                "self-attention) run every token; rates, FLOPs and bytes are those of the others"
-            )
         self.token_kwargs = dict(anatomy.spec.token_kwargs)
         found = [getattr(attention_of(m), "expand_kv", None) for m in anatomy.layers]
         self._expanders = found if any(found) else None
@@ -115,6 +102,13 @@ class Controller:
             fresh = WeakTensorKeyDictionary() if name == "_recompute" else None
             setattr(twin, name, fresh if fresh is not None else copy.deepcopy(value, memo))
         return twin
+
+    @property
+    def shapes(self) -> list[LayerShape]:
+        """What each layer costs now: adapters of peft come and go; windows are not kept to."""
+        shapes = shapes_of(self.anatomy.layers, self.anatomy.text_config)
+        pairs = zip(shapes, self._shares, strict=True)
+        return [replace(shape, window=None, kv_shares=n) for shape, n in pairs]
 
     @property
     def disabled(self) -> bool:
