@@ -20,6 +20,10 @@ _LINEAR = ("linear_attn",)
 _CONV = ("conv",)
 _CONVOLUTION = "convolution layers run every token"
 _SHARED = "layers that share another's keys run what that one runs, and store nothing"
+_COUNTS_PADS = (
+    "held to the laws in batches of equally long rows: in transformers itself the positions of "
+    "written tokens count padding"
+)
 
 _OPT: dict[str, Any] = {
     "layers": "language_model.model.decoder.layers",
@@ -97,6 +101,20 @@ SUPPORTED: tuple[ModelSpec, ...] = (
     ModelSpec("instructblipvideo", **_OPT),
     ModelSpec("internvl", note="pixel shuffle before the projector"),
     ModelSpec("janus", note="understanding; drawing is not routed"),
+    ModelSpec(
+        "kosmos-2",
+        layers="text_model.model.layers",
+        pre_attention_norm="self_attn_layer_norm",
+        type_ids=("image_embeds_position_mask",),
+        note=_COUNTS_PADS,
+    ),
+    ModelSpec(
+        "kosmos-2.5",
+        layers="text_model.model.layers",
+        pre_attention_norm="self_attn_layer_norm",
+        type_ids=("image_embeds_position_mask",),
+        note=_COUNTS_PADS,
+    ),
     ModelSpec("kimi_k25", since="5.13", note=f"latent attention; {_MOE}"),
     ModelSpec(
         "lfm2_vl",
@@ -175,10 +193,6 @@ SUPPORTED: tuple[ModelSpec, ...] = (
 )
 
 _CROSS = "its decoder sees the image through cross-attention from an encoder"
-_POSITIONS = (
-    "while it generates, its positions count padding, so that a row of a padded batch differs from "
-    "the row alone even without DARE, and no batch can be held to the laws"
-)
 _INDEXER = (
     "a learned indexer picks the keys of each query, and its cache of index keys cannot have gaps"
 )
@@ -195,8 +209,6 @@ REFUSED: dict[str, str] = {
     "glm5_next": _INDEXER,
     "inkling2": _SHORT_CONVOLUTION,
     "inkling_mm_model": _SHORT_CONVOLUTION,
-    "kosmos-2": _POSITIONS,
-    "kosmos-2.5": _POSITIONS,
     "mistral_large4": _INDEXER,
     "pi0": "it generates robot actions by flow matching and no tokens",
     "pix2struct": _CROSS,

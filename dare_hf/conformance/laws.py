@@ -163,7 +163,7 @@ def padding(subject: Subject) -> None:
     if family.separate:
         rows = samples(subject.model, family.separate)
     padded = batch_of(subject.model, rows)
-    wide = padded.modality.shape[1] + 5
+    wide = padded.modality.shape[1] + (0 if family.even else 5)
     turned = batch_of(subject.model, [rows[place] for place in order], pad_to=wide)
     single = [row for row in range(len(rows)) if rows[row].pictures or not family.needs_picture]
     with subject.dare(**PRUNED):

@@ -14,6 +14,7 @@ from dare_hf.config import DareConfig
 from dare_hf.scorers import register_scorer
 from dare_hf.testing.clips import clip_of
 from dare_hf.testing.families import family_of
+from dare_hf.testing.models import PAD_ID
 from dare_hf.testing.samples import Batch, Sample, batch_of, samples
 from dare_hf.testing.shrink import shrunk_model
 
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 
 NEW_TOKENS = 7
 
-SPECIAL_IDS = list(range(3, 10)) + list(range(81, 120))
-"""Placeholders, frames and image ids; fed back as sampled tokens they would ask for an image."""
+SPECIAL_IDS = [PAD_ID, *range(3, 10), *range(81, 120)]
+"""Never written: placeholders, frames and image ids, which would ask for an image when they are fed
+back, and padding, which has no position."""
 
 SCORER = "conformance_content"
 

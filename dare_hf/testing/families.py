@@ -33,6 +33,8 @@ class Family:
         images: Pictures of each row of the batch.
         separate: Pictures of rows that have nothing to do with each other, where transformers
             itself lets the rows of `images` reach each other.
+        even: Rows of one batch are equally long, since transformers itself gives the written tokens
+            of a padded row other positions than those of the row alone.
         needs_picture: Its generate takes no prompts without any picture beside them.
         tokens: Placeholders of a picture, where the model has no function that encodes one.
         positions: Whether forward takes the position ids that generate counts.
@@ -53,6 +55,7 @@ class Family:
     sees: bool = True
     images: tuple[int, ...] = (0, 1, 3)
     separate: tuple[int, ...] | None = None
+    even: bool = False
     needs_picture: bool = False
     tokens: int | None = None
     positions: bool = True
@@ -216,7 +219,8 @@ FAMILIES: dict[str, Family] = {
     "kosmos-2": Family(
         pictures.square,
         {"latent_query_num": 9},
-        images=parts.ONE_EACH,
+        even=True,
+        needs_picture=True,
         tokens=9,
         positions=False,
         type_ids=("image_embeds_position_mask",),
@@ -224,7 +228,8 @@ FAMILIES: dict[str, Family] = {
     "kosmos-2.5": Family(
         pictures.marked_patches,
         {"latent_query_num": 9, "vision_config": {"max_num_patches": 36}},
-        images=parts.ONE_EACH,
+        even=True,
+        needs_picture=True,
         tokens=9,
         positions=False,
         type_ids=("image_embeds_position_mask",),

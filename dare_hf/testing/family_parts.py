@@ -106,7 +106,6 @@ EMU3_NAMES: dict[str, Any] = {
     **{f"<|visual token {code:06d}|>": FIRST_CODE + code for code in range(VQ_CODES)},
 }
 
-ONE_EACH = (1, 1, 1)
 OPT: dict[str, Any] = {"ffn_dim": 64, "activation_function": "gelu"}
 QUERIES: dict[str, Any] = {
     "num_query_tokens": 9,

@@ -122,6 +122,9 @@ def samples(
     """
     family = family_of(model.config.model_type)
     words = [text + (3 * i if len(set(images)) == 1 else 0) for i in range(len(images))]
+    if family.even:
+        each = (family.tokens or 0) + 2
+        words = [text + (max(images) - count) * each for count in images]
     clips = videos or [0] * len(images)
     rows = enumerate(zip(images, clips, words, strict=True))
     return [_sample(model, family, index, counts, 1000 * seed + index) for index, counts in rows]
