@@ -50,7 +50,10 @@ def device_map(model) -> dict[str, str]:
 
 
 PLACES = {"cpu": to_the_cpu, "disk": to_the_disk, "map": by_a_map}
-WAYS = [("llava", "cpu"), ("llava", "disk"), *((name, "map") for name in MODELS)]
+WAYS = [
+    *(("llava", place) for place in PLACES),
+    *(pytest.param(name, "map", marks=pytest.mark.slow) for name in MODELS[1:]),
+]
 
 
 @pytest.mark.parametrize(("name", "place"), WAYS)
@@ -67,7 +70,7 @@ def test_hooks_before_dare(name, place, tmp_path):
     assert_same_trace(plain_trace(model, inputs), plain, "after remove_dare", tolerance=0.0)
 
 
-@pytest.mark.parametrize(("name", "place"), WAYS[:5])
+@pytest.mark.parametrize(("name", "place"), WAYS[:4])
 def test_hooks_after_dare(name, place, tmp_path):
     model = place_model(name)
     inputs = place_inputs(model)
@@ -95,7 +98,7 @@ def test_hooks_are_taken_off_under_dare(tmp_path):
     assert_same_trace(plain_trace(model, inputs), plain, "after remove_dare", tolerance=0.0)
 
 
-@pytest.mark.parametrize("name", ["llava", "smolvlm"])
+@pytest.mark.parametrize("name", ["llava", pytest.param("smolvlm", marks=pytest.mark.slow)])
 def test_from_pretrained_with_a_device_map(name, tmp_path):
     model = place_model(name)
     inputs = place_inputs(model)

@@ -43,9 +43,18 @@ def merged(name, adapters):
     return PeftModel.from_pretrained(place_model(name), adapters[name]).merge_and_unload()
 
 
-@pytest.mark.parametrize(
-    ("name", "case"), [("llava", case) for case in PRUNED] + [(n, "attention") for n in NAMES[1:]]
-)
+CASES = [
+    ("llava", "attention"),
+    *(
+        pytest.param("llava", case, marks=pytest.mark.slow)
+        for case in PRUNED
+        if case != "attention"
+    ),
+    *(pytest.param(name, "attention", marks=pytest.mark.slow) for name in NAMES[1:]),
+]
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
 def test_the_order_does_not_matter(name, case, adapters):
     reference = merged(name, adapters)
     inputs = place_inputs(reference)
