@@ -300,9 +300,11 @@ def test_an_adapter_prunes_and_leaves_the_model_plain(runner, ends, trained_volc
     assert len(found.right) == found.n == 1
 
 
-def test_batches_are_whole_for_many_items_and_one_for_few() -> None:
-    assert default_batch_size(3) == 3
-    assert default_batch_size(1000) == default_batch_size(100_000)
+@pytest.mark.parametrize(
+    ("n", "rows"), [(0, 1), (3, 3), (25, 25), (60, 25), (200, 50), (1000, 100), (100_000, 100)]
+)
+def test_the_default_batch_grows_with_the_number_of_items(n: int, rows: int) -> None:
+    assert default_batch_size(n) == rows
 
 
 # -- the command
