@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
-from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from dare_hf.errors import DareInputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import nn
+    from torch import Tensor, nn
 
 OLDEST = "5.19"
 """The oldest version of transformers that passes the tests; pyproject declares the same."""
@@ -54,26 +54,29 @@ def check_prefill_chunks(size: int | None) -> None:
     )
 
 
-def check_new_images(model: nn.Module, past: int, inputs: Mapping[str, Any]) -> None:
+def check_new_images(
+    model: nn.Module, past: int, ids: Tensor | None, vision_ids: tuple[int, ...]
+) -> None:
     """Refuse images behind a carried cache where transformers does not place them.
 
     Args:
         model: The model generate is called on.
         past: Logical tokens in the cache.
-        inputs: The keyword arguments of generate.
+        ids: Long[B, N] the ids it is given, of the whole sequence or of what is new.
+        vision_ids: Ids that stand for images.
 
     Raises:
         DareInputError: transformers is older than 5.23 and the model has multimodal RoPE, whose
             positions it continues as text, or is a Gemma 3, whose two-way mask it misreads.
     """
-    if VERSION >= (5, 23) or not past or not misplaces(model):
+    if VERSION >= (5, 23) or not past or ids is None or not misplaces(model):
         return
-    given = [n for n in MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL if inputs.get(n) is not None]
-    if given:
+    new = ids[:, past:] if ids.shape[1] > past else ids
+    if bool(torch.isin(new, torch.tensor(vision_ids, dtype=ids.dtype, device=ids.device)).any()):
         raise DareInputError(
-            f"{given[0]}: expected transformers >= 5.23 for new images behind a cache of {past} "
-            f"tokens; got transformers {transformers.__version__}, which places the images of a "
-            f"{model.config.model_type} wrongly there. Pass the whole conversation without "
+            f"past_key_values: expected transformers >= 5.23 for new images behind a cache of "
+            f"{past} tokens; got transformers {transformers.__version__}, which places the images "
+            f"of a {model.config.model_type} wrongly there. Pass the whole conversation without "
             "past_key_values, or upgrade transformers"
         )
 

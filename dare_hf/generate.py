@@ -96,7 +96,8 @@ def routed_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     if mask is None and controller.anatomy.spec.generates_inside:
         mask = _placeholders(given, controller.rules.vision_ids)
     call = _call(given, kwargs.get("past_key_values"), mask)
-    check_new_images(model, call.start, kwargs)
+    ids = given.get("input_ids", given.get("inputs"))
+    check_new_images(model, call.start, ids, controller.rules.vision_ids)
     call.continues = _continues(model, given, config)
     if loop is not None:
         args, kwargs = (), loop.prepare(model, call, args, kwargs)

@@ -96,17 +96,23 @@ def test_type_ids_of_a_span_cover_the_sequence_where_the_mask_needs_it(monkeypat
     ("name", "refused"), [("llava", False), ("gemma3", True), ("qwen2_5_vl", True)]
 )
 def test_images_of_a_later_turn_are_refused_where_they_are_misplaced(monkeypatch, name, refused):
-    model, images = tiny_model(name), {"mm_encoder_outputs": {}, "pixel_values": torch.ones(1)}
+    model, said = tiny_model(name), torch.tensor([[3, 3, 20, 21, 22]])
+    seen = torch.cat([said, torch.tensor([[3]])], dim=1)
+
+    def check(past, ids):
+        compat.check_new_images(model, past, ids, (3,))
+
     monkeypatch.setattr(compat, "VERSION", (5, 23))
-    compat.check_new_images(model, 9, images)
+    check(5, seen)
     monkeypatch.setattr(compat, "VERSION", (5, 22))
-    compat.check_new_images(model, 0, images)
-    compat.check_new_images(model, 9, {"pixel_values": None})
-    if refused:
-        with pytest.raises(DareInputError, match=r"expected transformers >= 5\.23 for new images"):
-            compat.check_new_images(model, 9, images)
-    else:
-        compat.check_new_images(model, 9, images)
+    for past, ids in [(0, seen), (2, said), (5, said[:, 2:]), (5, None)]:
+        check(past, ids)
+    for ids in (seen, seen[:, 5:]):
+        if refused:
+            with pytest.raises(DareInputError, match=r"expected transformers >= 5\.23 for new"):
+                check(5, ids)
+        else:
+            check(5, ids)
 
 
 def test_a_later_turn_is_refused_before_anything_runs(monkeypatch):
@@ -116,7 +122,7 @@ def test_a_later_turn_is_refused_before_anything_runs(monkeypatch):
     monkeypatch.setattr(compat, "VERSION", (5, 22))
     model.generate(**inputs, past_key_values=cache, max_new_tokens=2, do_sample=False)
     length = cache.get_seq_length()
-    with pytest.raises(DareInputError, match="mm_encoder_outputs: expected transformers"):
+    with pytest.raises(DareInputError, match=r"past_key_values: expected transformers"):
         model.generate(**inputs, past_key_values=cache, max_new_tokens=2)
     assert cache.get_seq_length() == length
     remove_dare(model)
