@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import types
@@ -150,6 +151,10 @@ def watch_attention(target: Any, state: ModelState, settings: Settings) -> None:
         return
     anatomy = state.controller.anatomy
     name = observed_name(state.controller.base_implementation)
+    for layer in anatomy.unrouted:
+        # an indexer asks for the implementation by name (transformers 5.23, minimax_m3_vl)
+        if (attention := getattr(layer, "self_attn", None)) is not None:
+            state.undo.set(attention, "config", copy.copy(attention.config))
     for config in _attention_configs(target, anatomy):
         if config._attn_implementation_internal != name:
             state.undo.set(config, "_attn_implementation_internal", name)

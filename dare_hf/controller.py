@@ -231,7 +231,9 @@ class Controller:
         keep, context = kwargs.get("logits_to_keep"), self.context
         if not isinstance(keep, int) or not keep or context is None or not self.anatomy.shares:
             return
-        if context.simulation is not None or keep > max(context.sampled) + 1:
+        # nor can a flex mask be cut (Gemma 4 asks for the implementation by its own name)
+        flex = self.base_implementation.endswith("flex_attention")
+        if flex or context.simulation is not None or keep > max(context.sampled) + 1:
             last = torch.arange(context.length, device=context.device)[-keep:]
             kwargs["logits_to_keep"] = last
 

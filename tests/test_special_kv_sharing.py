@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_laws_attention import flex  # noqa: F401
 
 from dare_hf import DareCache, DareConfig, last_report, routed_layer
 from dare_hf.adapters import locate
@@ -96,6 +97,23 @@ def test_speculation_is_greedy_with_hops_that_close_inside_a_step(subjects, name
         assert guessed.sequences.tolist() == plain.sequences.tolist()
     finally:
         subject.model.set_attn_implementation(before)
+
+
+@pytest.mark.filterwarnings("ignore:_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG is set")
+@pytest.mark.usefixtures("flex")
+def test_flex_attention_writes_what_sdpa_writes(subjects):
+    subject = subjects["gemma4"]
+    batch = subject.batches["padded"]
+    logits = {}
+    before = subject.model.config._attn_implementation
+    try:
+        for attention in ("sdpa", "flex_attention"):
+            subject.model.set_attn_implementation({"text_config": attention})
+            with subject.dare(scorer="attention", text_retention=0.9):
+                logits[attention] = subject.forward(batch, logits_to_keep=1)
+    finally:
+        subject.model.set_attn_implementation(before)
+    hold_close(subject, logits["flex_attention"], logits["sdpa"], "flex")
 
 
 @pytest.mark.parametrize("name", SHARING)

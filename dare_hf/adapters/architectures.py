@@ -13,12 +13,14 @@ _MROPE = "multimodal RoPE: kept tokens keep their 3-D positions"
 _DEEPSTACK = f"{_MROPE}; deepstack features reach every layer at full size"
 _SLIDING = "sliding-window layers, windows over logical positions"
 
-_HYBRID = "linear-attention layers run every token"
+_LINEAR_LAYERS = "the vision tower, linear-attention layers"
 _ATTENTION = "the self-attention layers"
 _TEXT_ONLY = "text in the self-attention layers; images are no tokens there"
 _LINEAR = ("linear_attn",)
 _CONV = ("conv",)
-_CONVOLUTION = "convolution layers run every token"
+_CONVOLUTION = "the vision tower, convolution layers"
+_AUDIO = "the towers, audio tokens"
+_AS_IMAGES = "its processor turns frames into images"
 _SHARED = "layers that share another's keys run what that one runs, and store nothing"
 _COUNTS_PADS = (
     "held to the laws in batches of equally long rows: in transformers itself the positions of "
@@ -39,6 +41,7 @@ SUPPORTED: tuple[ModelSpec, ...] = (
         "chameleon",
         layers=_PLAIN,
         vocabulary_images=True,
+        whole="the image tokenizer",
         note="images are ids of the vocabulary",
     ),
     ModelSpec("cohere2_vision", note=_SLIDING),
@@ -48,7 +51,13 @@ SUPPORTED: tuple[ModelSpec, ...] = (
     ModelSpec("deepseek_ocr2", since="5.10", note=_MOE),
     ModelSpec("deepseek_vl", note="any Llama-like text model"),
     ModelSpec("deepseek_vl_hybrid", note="two towers, one text model"),
-    ModelSpec("emu3", layers=_TEXT_MODEL, vocabulary_images=True, note="images are ids"),
+    ModelSpec(
+        "emu3",
+        layers=_TEXT_MODEL,
+        vocabulary_images=True,
+        whole="the image tokenizer",
+        note="images are ids",
+    ),
     ModelSpec(
         "ernie4_5_vl_moe",
         since="5.3",
@@ -56,25 +65,28 @@ SUPPORTED: tuple[ModelSpec, ...] = (
         note=f"{_MROPE}; {_MOE}",
     ),
     ModelSpec("exaone4_5", since="5.8", pre_attention_norm=None, note=_SLIDING),
-    ModelSpec("fast_vlm", note="held to the laws on random features: its tower needs timm"),
-    ModelSpec("fuyu", note="patches without a tower"),
+    ModelSpec("fast_vlm", note="its tower needs timm"),
+    ModelSpec("fuyu", whole="the projection of patches", note="patches without a tower"),
     ModelSpec("gemma3", note="sliding-window layers, bidirectional image blocks"),
     ModelSpec(
         "gemma3n",
         token_kwargs=(("per_layer_input", -2),),
         streams=True,
+        whole=_AUDIO,
         note=f"four streams of hidden states (AltUp), kept or skipped together; {_SHARED}; "
-        "per-layer inputs; held to the laws on random features: its tower needs timm",
+        "per-layer inputs; its tower needs timm",
     ),
     ModelSpec(
         "gemma4",
         since="5.5",
         token_kwargs=(("per_layer_input", -2),),
+        whole=_AUDIO,
         note=f"per-layer inputs; {_SHARED}",
     ),
     ModelSpec(
         "gemma4_unified",
         since="5.10",
+        whole="the projection of patches, audio tokens",
         note=f"images without a tower; {_SHARED}",
     ),
     ModelSpec("glm46v", note=_MROPE),
@@ -87,20 +99,24 @@ SUPPORTED: tuple[ModelSpec, ...] = (
     ModelSpec(
         "granite_docling", since="5.23", layers=_TEXT_MODEL, note="deepstack features at full size"
     ),
-    ModelSpec("hunyuan_vl", since="5.13", note=_MROPE),
+    ModelSpec(
+        "hunyuan_vl",
+        since="5.13",
+        note=f"{_MROPE}; in transformers itself they number the images over the whole batch",
+    ),
     ModelSpec("hyperclovax_vision_v2", since="5.18", note="Qwen2.5-VL tower"),
     ModelSpec(
         "idefics",
         layers=_PLAIN,
         pruned=_TEXT_ONLY,
-        note="gated cross-attention blocks, which see the image, run every token",
+        whole="the vision tower, gated cross-attention blocks, which see the image",
     ),
     ModelSpec("idefics2", layers=_TEXT_MODEL, note="perceiver: few tokens an image"),
     ModelSpec("idefics3", layers=_TEXT_MODEL, note="image tiles"),
     ModelSpec("instructblip", **_OPT),
     ModelSpec("instructblipvideo", **_OPT),
-    ModelSpec("internvl", note="pixel shuffle before the projector"),
-    ModelSpec("janus", note="understanding; drawing is not routed"),
+    ModelSpec("internvl", note=f"pixel shuffle; {_AS_IMAGES}"),
+    ModelSpec("janus", whole="the vision tower, drawing", note="understanding is routed"),
     ModelSpec(
         "kosmos-2",
         layers="text_model.model.layers",
@@ -121,7 +137,7 @@ SUPPORTED: tuple[ModelSpec, ...] = (
         pre_attention_norm="operator_norm",
         unrouted=_CONV,
         pruned=_ATTENTION,
-        note=_CONVOLUTION,
+        whole=_CONVOLUTION,
     ),
     ModelSpec(
         "lfm3_vl",
@@ -129,7 +145,7 @@ SUPPORTED: tuple[ModelSpec, ...] = (
         pre_attention_norm="operator_norm",
         unrouted=_CONV,
         pruned=_ATTENTION,
-        note=_CONVOLUTION,
+        whole=_CONVOLUTION,
     ),
     ModelSpec("lighton_ocr", note="Pixtral tower"),
     ModelSpec("llama4", layers="language_model.model.layers", note=_MOE),
@@ -137,21 +153,36 @@ SUPPORTED: tuple[ModelSpec, ...] = (
     ModelSpec("llava_next", note="image tiles and newlines are vision"),
     ModelSpec("llava_next_video", note="image tiles and newlines are vision"),
     ModelSpec("llava_onevision", note="image tiles and newlines are vision"),
-    ModelSpec("minimax_m3_vl", since="5.12", note=_MOE),
-    ModelSpec("minicpm_ocr", since="5.21", unrouted=_LINEAR, pruned=_ATTENTION, note=_HYBRID),
-    ModelSpec("minicpmv4_6", since="5.7", unrouted=_LINEAR, pruned=_ATTENTION, note=_HYBRID),
-    ModelSpec("minicpmv4_7", since="5.18", unrouted=_LINEAR, pruned=_ATTENTION, note=_HYBRID),
+    ModelSpec(
+        "minimax_m3_vl",
+        since="5.12",
+        unrouted=("self_attn.indexer",),
+        pruned="the layers of full attention",
+        whole="the vision tower, sparse layers (an indexer picks blocks of keys)",
+        note=f"{_MOE}; held to the laws in batches of equally long rows: in transformers itself "
+        "sparse layers see padding",
+    ),
+    ModelSpec(
+        "minicpm_ocr", since="5.21", unrouted=_LINEAR, pruned=_ATTENTION, whole=_LINEAR_LAYERS
+    ),
+    ModelSpec(
+        "minicpmv4_6", since="5.7", unrouted=_LINEAR, pruned=_ATTENTION, whole=_LINEAR_LAYERS
+    ),
+    ModelSpec(
+        "minicpmv4_7", since="5.18", unrouted=_LINEAR, pruned=_ATTENTION, whole=_LINEAR_LAYERS
+    ),
     ModelSpec("mistral3", note="Pixtral tower"),
-    ModelSpec("mistral4", since="5.4", layers=_PLAIN, note="text only"),
+    ModelSpec("mistral4", since="5.4", layers=_PLAIN, whole="-", note="text only"),
     ModelSpec(
         "mllama",
         unrouted=("cross_attn",),
         pruned=_TEXT_ONLY,
-        note="cross-attention layers, which see the image, run every token",
+        whole="the vision tower, cross-attention layers, which see the image",
+        note="in transformers itself a row without an image sees the blank ones of its batch",
     ),
     ModelSpec("molmo2", since="5.20", note="pooled patches"),
     ModelSpec("muse_glimmer", since="5.15", note=_SLIDING),
-    ModelSpec("muse_spark", since="5.20", note=_SLIDING),
+    ModelSpec("muse_spark", since="5.20", whole=_AUDIO, note=_SLIDING),
     ModelSpec(
         "nemotron_h_omni",
         since="5.18",
@@ -160,41 +191,49 @@ SUPPORTED: tuple[ModelSpec, ...] = (
         key_projection="mixer.k_proj",
         unrouted=("mixer.conv1d", "mixer.experts", "mixer.up_proj"),
         pruned=_ATTENTION,
-        note="Mamba, expert and MLP layers run every token",
+        whole="the towers, audio tokens, Mamba, expert and MLP layers",
+        note="a video's features are given to it: its own forward cannot join them",
     ),
     ModelSpec("ovis2", note="visual words; indicator tokens count as text"),
     ModelSpec("paddleocr_vl", note=_MROPE),
     ModelSpec("paligemma", type_ids=(), note="the prompt sees itself in both directions"),
-    ModelSpec("perception_lm", note="held to the laws on random features: its tower needs timm"),
+    ModelSpec("perception_lm", note="its tower needs timm"),
     ModelSpec("pp_chart2table", since="5.4", note="SAM tower"),
     ModelSpec("qianfan_ocr", since="5.6", note="pixel shuffle before the projector"),
-    ModelSpec("qwen2_5_omni_thinker", since="5.6", note=_MROPE),
-    ModelSpec("qwen2_5_vl", note="multimodal RoPE; images and videos"),
+    ModelSpec("qwen2_5_omni_thinker", since="5.6", whole=_AUDIO, note=_MROPE),
+    ModelSpec("qwen2_5_vl", note=_MROPE),
     ModelSpec("qwen2_vl", note=_MROPE),
     ModelSpec(
-        "qwen3_5", since="5.2", unrouted=_LINEAR, pruned=_ATTENTION, note=f"{_MROPE}; {_HYBRID}"
+        "qwen3_5",
+        since="5.2",
+        unrouted=_LINEAR,
+        pruned=_ATTENTION,
+        whole=_LINEAR_LAYERS,
+        note=_MROPE,
     ),
     ModelSpec(
         "qwen3_5_moe",
         since="5.2",
         unrouted=_LINEAR,
         pruned=_ATTENTION,
-        note=f"{_MROPE}; {_HYBRID}; {_MOE}",
+        whole=_LINEAR_LAYERS,
+        note=f"{_MROPE}; {_MOE}",
     ),
-    ModelSpec("qwen3_omni_moe_thinker", since="5.6", note=f"{_DEEPSTACK}; {_MOE}"),
+    ModelSpec("qwen3_omni_moe_thinker", since="5.6", whole=_AUDIO, note=f"{_DEEPSTACK}; {_MOE}"),
     ModelSpec("qwen3_vl", note=_DEEPSTACK),
     ModelSpec("qwen3_vl_moe", note=f"{_DEEPSTACK}; {_MOE}"),
     ModelSpec("shieldgemma2", note="as gemma3"),
-    ModelSpec("smolvlm", layers=_TEXT_MODEL, note="image tiles"),
+    ModelSpec("smolvlm", layers=_TEXT_MODEL, note=f"image tiles; {_AS_IMAGES}"),
     ModelSpec("step3p7", since="5.16", note=_SLIDING),
     ModelSpec("video_llama_3", note="any resolution"),
-    ModelSpec("video_llava", note="images and videos"),
+    ModelSpec("video_llava", note="two towers, one text model"),
     ModelSpec("vipllava", note="features of several tower layers"),
 )
 
 _CROSS = "its decoder sees the image through cross-attention from an encoder"
 _INDEXER = (
-    "a learned indexer picks the keys of each query, and its cache of index keys cannot have gaps"
+    "in every layer of full attention a learned indexer picks the keys of each query, and its "
+    "cache of index keys cannot have gaps"
 )
 _SHORT_CONVOLUTION = (
     "every layer mixes neighbouring tokens by short convolutions, which a pruned token would shift"

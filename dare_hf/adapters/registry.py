@@ -30,7 +30,8 @@ class Anatomy:
         text_config: The config of that module.
         hooked: The modules whose forward opens a routing context, outermost first.
         slots: For each of `layers` its index in the model's cache.
-        unrouted: Decoder layers without self-attention, which every token runs.
+        unrouted: Decoder layers without self-attention, or with one whose keys an indexer picks,
+            which every token runs.
         sources: For each of `layers` the one whose keys and values its attention reads: itself, or
             an earlier one where layers share them.
     """
@@ -105,9 +106,10 @@ def locate(model: nn.Module) -> Anatomy:
 
 def _without_attention(layer: nn.Module, spec: ModelSpec) -> bool:
     """Whether a layer is of a kind that is known to have no self-attention to route."""
+    marks = spec.unrouted
     if hasattr(layer, "self_attn"):
-        return False
-    return any(_has(layer, path) for path in spec.unrouted)
+        marks = tuple(path for path in marks if path.startswith("self_attn."))
+    return any(_has(layer, path) for path in marks)
 
 
 def _has(layer: nn.Module, path: str) -> bool:
@@ -181,5 +183,5 @@ def describe(config: Any) -> str:
     text_config = config.get_text_config()
     return (
         f"{spec.model_type}: supported; {text_config.num_hidden_layers} decoder layers at "
-        f"{spec.layers} ({spec.note})"
+        f"{spec.layers} ({spec.note or spec.pruned})"
     )

@@ -17,8 +17,8 @@ class ModelSpec:
         key_projection: Dotted path from a layer to the linear that makes keys.
         token_kwargs: Further per-token keyword arguments of a layer, name -> dimension that
             counts tokens (hidden states, masks and positions are known to the generic path).
-        unrouted: Paths of modules that mark a layer without self-attention, which every token
-            runs: linear attention, convolution, cross-attention, experts of their own.
+        unrouted: Paths of modules that mark a layer which every token runs: linear attention,
+            convolution, cross-attention, experts of their own, and (in `self_attn`) an indexer.
         streams: Hidden states are [streams, B, S, D], of which `config.altup_active_idx` is scored.
         generates_inside: Its generate embeds the prompt and calls the text model's own generate,
             which sees no placeholder ids.
@@ -26,6 +26,7 @@ class ModelSpec:
         vocabulary_images: Images are ids of the text vocabulary (`config.vocabulary_map`).
         since: First version of transformers that has it, "5.0" where an older one had it already.
         pruned: What is pruned, for the documentation.
+        whole: What every token runs, for the documentation.
         note: One sentence for the documentation.
     """
 
@@ -41,4 +42,5 @@ class ModelSpec:
     vocabulary_images: bool = False
     since: str = "5.0"
     pruned: str = "all decoder layers"
+    whole: str = "the vision tower"
     note: str = ""

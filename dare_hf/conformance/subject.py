@@ -76,8 +76,10 @@ class Subject:
                     "padded": batch_of(model, rows),
                 }
                 if (clip := clip_of(model_type)) is not None:
-                    beside = (0, 0, int(clip.beside_images))
-                    filmed = samples(model, beside, videos=(1, 0, 1), seed=1)
+                    even = family_of(model_type).even
+                    beside = (0, 0) if even else (0, 0, int(clip.beside_images))
+                    videos = (1, 1) if even else (1, 0, 1)
+                    filmed = samples(model, beside, videos=videos, seed=1)
                     batches["video"] = batch_of(model, filmed)
                 subject = cls(model, rows, batches, dtype == torch.float64)
                 if all(subject.runs(batch) for batch in batches.values()):

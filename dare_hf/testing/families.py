@@ -274,6 +274,23 @@ FAMILIES: dict[str, Family] = {
     "minicpm_ocr": _STRIP,
     "minicpmv4_6": _STRIP,
     "minicpmv4_7": _STRIP,
+    "minimax_m3_vl": Family(
+        pictures.even_patches,
+        {
+            "text_config": {
+                "num_hidden_layers": 5,
+                "layer_types": [
+                    *["minimax_m3_sparse", "full_attention"] * 2,
+                    "full_attention",
+                ],
+                "index_n_heads": 2,
+                "index_block_size": 4,
+                "index_topk_blocks": 3,
+            }
+        },
+        even=True,
+        tokens=9,
+    ),
     "mistral3": Family(pictures.sized, parts.PIXTRAL),
     "mistral4": Family(
         config={

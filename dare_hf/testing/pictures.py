@@ -60,6 +60,11 @@ def patches(model: PreTrainedModel, number: int, generator: torch.Generator) -> 
     return _patches(model, number, generator, depth)
 
 
+def even_patches(model: PreTrainedModel, number: int, generator: torch.Generator) -> Picture:
+    """As `patches`, all of one shape."""
+    return patches(model, min(number, 0), generator)
+
+
 def deep_patches(model: PreTrainedModel, number: int, generator: torch.Generator) -> Picture:
     """As `patches`, the frames of a patch under another name."""
     return _patches(model, number, generator, _vision(model).patch_temporal)
