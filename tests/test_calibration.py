@@ -9,7 +9,7 @@ import torch
 from laws import SPECIAL_IDS, inputs_of
 from peft import PeftModel
 
-from dare_hf import DareConfig, apply_dare, last_report
+from dare_hf import DareConfig, apply_dare, dare_disabled, last_report
 from dare_hf.calibration import fit_router
 from dare_hf.calibration.continuation import continued
 from dare_hf.calibration.fit import TRIED_RATES
@@ -68,6 +68,34 @@ def test_scores_follow_what_the_continuation_attends_to(fitted):
     _, details, _ = fitted
     assert any(vision > 0.05 for _, vision in details.explained)
     assert details.tokens["vision"] > 20
+
+
+def test_mean_scores_are_the_rates(fitted):
+    """So that the losses of a training find them where they want them."""
+    routed, details, _ = fitted
+    model = routed.get_base_model()
+    routers = model._dare.controller.routers
+    hidden = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
+        for layer in model._dare.controller.anatomy.layers
+    ]
+    batches = batches_of(model)
+    with dare_disabled(routed), torch.no_grad():
+        for inputs in batches:
+            model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    layers = len(routers)
+    image = model.config.image_token_id
+    for index, (router, (rate, _)) in enumerate(zip(routers, details.rates, strict=True)):
+        scores = []
+        for number, inputs in enumerate(batches):
+            vision = inputs["input_ids"] == image
+            kind = torch.where(vision, 1, 0)
+            scores.append(router.scores(hidden[number * layers + index], kind)[vision])
+        wanted = min(max(rate, 0.05), 0.95)
+        assert torch.cat(scores).mean().item() == pytest.approx(wanted, abs=0.1)
 
 
 def test_it_generates_within_the_budget_and_loads_again(fitted, tmp_path):

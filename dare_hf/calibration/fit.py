@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ KINDS = {TEXT: "text", VISION: "vision"}
 TRIED_RATES = {VISION: (0.6, 0.35, 0.15, 0.04), TEXT: (0.8, 0.6, 0.4)}
 # Added to importance before its logarithm: attention below this share of the mean counts the same.
 _FLOOR = 0.01
+_SCORED = (0.05, 0.95)  # where mean scores are put
 _ALL = 30.0  # a rate logit that keeps every token
 
 
@@ -138,6 +140,7 @@ def _fit(
     if controller.config.learns_rates:
         costs = _costs(routed, controller, complete)
         rates = _write_rates(controller, costs)
+    _centre_scores(controller, fits)
     return Calibration(explained, shares, cut, costs, rates, counts)
 
 
@@ -152,8 +155,8 @@ def _with_adapter(model: Any, config: DareConfig | None) -> Any:
             )
         if not isinstance(model, PeftModel) and not getattr(model, "_hf_peft_config_loaded", False):
             raise DareStateError(
-                "fit_router: expected the PeftModel that holds the router adapter, or a model after "
-                "model.add_adapter(config); got the model inside a PeftModel"
+                "fit_router: expected the PeftModel that holds the router adapter, or a model "
+                "after model.add_adapter(config); got the model inside a PeftModel"
             )
         return model
     config = DareConfig(scorer="router", schedule="learned") if config is None else config
@@ -249,6 +252,26 @@ def _write_routers(
                 router.bias[kind] = bias.to(router.bias)
         explained.append((found[TEXT], found[VISION]))
     return explained
+
+
+def _centre_scores(controller: Controller, fits: list[dict[int, CrossFitted]]) -> None:
+    """Shift each layer's scores so that their mean is its rate; no token changes its rank.
+
+    The losses of a training hold them there, and soft gates tell scores apart that are spread over
+    (0, 1), not pressed against 0. The mean of a sigmoid over normal logits is the probit
+    approximation's.
+    """
+    for router, by_kind in zip(_routers(controller), fits, strict=True):
+        rates = router.rates()[0]
+        for kind, fit in by_kind.items():
+            if not fit.count:
+                continue
+            weight, bias = router.weight[kind].double(), router.bias[kind].double()
+            mean, variance = fit.predicted(weight.detach(), bias.detach())
+            rate = rates[kind].double().clamp(*_SCORED)
+            wanted = rate.logit() * math.sqrt(1 + math.pi * variance / 8)
+            with torch.no_grad():
+                router.bias[kind] += (wanted - mean).to(router.bias)
 
 
 def _costs(

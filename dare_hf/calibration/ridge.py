@@ -70,6 +70,13 @@ class Moments:
         total = total + weights @ self.inputs.double() @ weights
         return float(total) / max(self.count, 1)
 
+    def predicted(self, weights: Tensor) -> tuple[float, float]:
+        """Mean and variance of what `weights` predict on these samples."""
+        count = max(self.count, 1)
+        mean = float(weights @ self.inputs[-1].double()) / count
+        second = float(weights @ self.inputs.double() @ weights) / count
+        return mean, max(second - mean**2, 0.0)
+
     def variance(self) -> float:
         """Variance of the targets: what the best constant leaves."""
         mean = float(self.products[-1]) / max(self.count, 1)
@@ -101,6 +108,11 @@ class CrossFitted:
         """Add the samples of one row (a prompt); rows alternate between the halves."""
         self.halves[self._turn].add(x, y)
         self._turn = 1 - self._turn
+
+    def predicted(self, weights: Tensor, bias: Tensor) -> tuple[float, float]:
+        """Mean and variance of the predictions of Float64[D] weights and a bias on all samples."""
+        one, two = self.halves
+        return (one + two).predicted(torch.cat((weights, bias[None])))
 
     def solve(self) -> tuple[Tensor, Tensor, float]:
         """The fit on all samples.
