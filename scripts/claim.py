@@ -53,7 +53,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "batch_size": 8,
             "warmup": 15,
             "learning_rate": 5e-4,
-            "router_lr": 5e-4,
+            "router_lr": 1e-4,
             "rate_lr": 1e-2,
         },
         "tasks": {"maze": (maze, mvot.solve), "ghost": (ghost, ghost_run.solve)},
