@@ -180,8 +180,8 @@ def _notes(anatomy: Anatomy, exempt: frozenset[int]) -> list[str]:
         every = len(anatomy.unrouted) + len(anatomy.layers)
         kinds = ", ".join(sorted({type(module).__name__ for module in anatomy.unrouted}))
         notes.append(
-            f"{len(anatomy.unrouted)} of {every} layers ({kinds} without self-attention) run every "
-            "token; rates, FLOPs and bytes are those of the others"
+            f"{len(anatomy.unrouted)} of {every} layers ({kinds}: no self-attention, or a sparse "
+            "one) run every token; rates, FLOPs and bytes are those of the others"
         )
     if exempt:
         notes.append(

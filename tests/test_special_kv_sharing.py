@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
+import flash_stand_in
 import pytest
 import torch
-from test_laws_attention import flex  # noqa: F401
+from test_laws_attention import flex, text_attention  # noqa: F401
 
 from dare_hf import DareCache, DareConfig, last_report, routed_layer
 from dare_hf.adapters import locate
@@ -97,6 +98,21 @@ def test_speculation_is_greedy_with_hops_that_close_inside_a_step(subjects, name
         assert guessed.sequences.tolist() == plain.sequences.tolist()
     finally:
         subject.model.set_attn_implementation(before)
+
+
+def test_flash_attention_writes_what_sdpa_writes(subjects, monkeypatch):
+    """Its sliding layers keep everything; a full one and the layer that reads its keys do not."""
+    flash_stand_in.install(monkeypatch)
+    subject = Subject.of("gemma4")
+    subject.model.float()
+    batch = batch_of(subject.model, subject.rows[:1])
+    pairs = [(1.0, 1.0) if i % 2 == 0 else (1.0, 0.6) for i in range(LAYERS)]
+    written = {}
+    with subject.dare(schedule=pairs):
+        written["sdpa"] = subject.forward(batch)
+    with text_attention(subject.model, "flash_attention_2"), subject.dare(schedule=pairs):
+        written["flash_attention_2"] = subject.forward(batch)
+    hold_close(subject, written["flash_attention_2"], written["sdpa"], "flash")
 
 
 @pytest.mark.filterwarnings("ignore:_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG is set")
