@@ -45,7 +45,7 @@ def auxiliary_loss(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
             "routers come from get_peft_model(model, DareConfig(scorer='router', ...))"
         )
     config = controller.config
-    cut = resolve_cut_layer(config.cut_layer, len(controller.anatomy.layers))
+    cut = resolve_cut_layer(config.cut_layer, len(set(controller.anatomy.sources)))
     early = torch.tensor([index <= cut for index in record.layers], device=record.seen.device)
     rates, means = torch.stack(record.rates), torch.stack(record.means)
     text, vision = record.seen[..., TEXT], record.seen[..., VISION]
