@@ -14,7 +14,8 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dare_hf.testing.clips import FRAMES, clip_of
-from dare_hf.testing.families import Family, family_of
+from dare_hf.testing.families import family_of
+from dare_hf.testing.family import Family
 from dare_hf.testing.models import (
     BOS_ID,
     FIRST_TEXT_ID,
