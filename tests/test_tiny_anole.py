@@ -9,12 +9,18 @@ from transformers import (
     AutoProcessor,
     ChameleonForConditionalGeneration,
     ChameleonProcessor,
+    LogitsProcessorList,
 )
 
 from dare_hf import DareConfig, apply_dare, remove_dare
 from dare_hf.assets import model_path
 from dare_hf.errors import DareInputError
-from dare_hf.generation.interleaved import decode_images, load_decoder
+from dare_hf.generation.interleaved import (
+    WholeImageLogitsProcessor,
+    allow_image_tokens,
+    decode_images,
+    load_decoder,
+)
 from dare_hf.tasks import frozen_lake, ghost, ghost_run, maze, mvot, render
 
 SIZE_LIMIT = 8 * 2**20
@@ -76,20 +82,39 @@ def test_pictures_survive_their_tokens_exactly(
         assert (render.image_to_grid(picture) == grid).all()
 
 
-def test_it_solves_held_out_mazes_alone_and_in_a_padded_batch(
+def test_it_solves_held_out_mazes_alone_and_in_batches(
     model: ChameleonForConditionalGeneration, processor: ChameleonProcessor
 ) -> None:
     items = maze.sample(6, "easy", seed=1)
     seen: list[mvot.BatchOutput] = []
     together = mvot.solve(model, processor, items, batch_size=6, on_batch=seen.append)
-    assert len(seen) == 1
-    assert (seen[0].inputs["attention_mask"][:, 0] == 0).any(), "the batch has no padding"
+    assert len(seen) == len({len(item.actions) for item in items}), "one call for each length"
     assert [s.item for s in together] == items
     assert sum(s.correct for s in together) >= 5
     alone = mvot.solve(model, processor, items[:2], batch_size=1)
     for one, other in zip(alone, together[:2], strict=True):
         assert one.ids == other.ids
         assert one.image_correct == other.image_correct
+
+
+def test_a_padded_row_writes_what_it_writes_alone(
+    model: ChameleonForConditionalGeneration, processor: ChameleonProcessor
+) -> None:
+    items = maze.sample(2, "easy", seed=1)
+    inputs = mvot.build_inputs(processor, items)
+    assert (inputs["attention_mask"][:, 0] == 0).any(), "the batch has no padding"
+    rule = WholeImageLogitsProcessor.from_model(model, processor)
+    with allow_image_tokens(model):
+        ids = model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=60,
+            logits_processor=LogitsProcessorList([rule]),
+        )
+    new = ids[:, inputs["input_ids"].shape[1] :].tolist()
+    for one, row in zip(mvot.solve(model, processor, items, batch_size=1), new, strict=True):
+        shared = min(len(one.ids), len(row))
+        assert list(one.ids[:shared]) == row[:shared]
 
 
 def test_it_crosses_frozen_lakes_in_both_contexts(
