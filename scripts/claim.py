@@ -69,6 +69,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "learning_rate": 1e-3,
             "router_lr": 1e-3,
             "rate_lr": 2e-2,
+            "rate_margin": 0.1,
         },
         "tasks": {"scene": (scene, vocot.solve)},
         "dare": {"max_hops": 4},

@@ -26,6 +26,8 @@ class Recipe:
             None trains the LoRA on the unpruned model, the control of any comparison.
         calibrate: Rows that routers, and learned rates, are first fitted to in closed form
             (`calibration.fit_router`); 0 starts from chance.
+        rate_margin: Fitted rates start between this and 1 minus this: a rate near 1 spares what a
+            layer needs whole, and is slow to move.
         lora: Fields of peft's LoraConfig; None leaves the backbone as it is.
         load_in_4bit: Load the backbone in nf4 (bitsandbytes).
         steps: Optimiser steps.
@@ -48,6 +50,7 @@ class Recipe:
     data: str | None = None
     dare: dict[str, Any] | None = field(default_factory=dict)
     calibrate: int = 0
+    rate_margin: float = 0.01
     lora: dict[str, Any] | None = None
     load_in_4bit: bool = False
     steps: int = 1000
@@ -88,6 +91,10 @@ class Recipe:
             or self.calibrate < 0
         ):
             raise DareConfigError(f"calibrate: expected an integer >= 0; got {self.calibrate!r}")
+        if not isinstance(self.rate_margin, float) or not 0 < self.rate_margin < 0.5:
+            raise DareConfigError(
+                f"rate_margin: expected a share in (0, 0.5); got {self.rate_margin!r}"
+            )
         if self.dare is None and self.lora is None:
             raise DareConfigError(
                 "dare, lora: expected at least one of them to train; got neither. Write dare: {}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from dare_hf.recipes.recipe import Recipe
 
 DARE, LORA = "dare", "lora"
-# Logits of a fitted rate: from 0.7 to 99.3 %, which keeps all of a short span.
-_FREE = 5.0
 
 
 @dataclass(frozen=True)
@@ -124,13 +123,14 @@ def _attach(model: Any, recipe: Recipe, delimiters: tuple[int, ...]) -> None:
 
 
 def _calibrate(model: Any, recipe: Recipe, rows: Any, collate: Any) -> None:
-    """Fit the fresh routers to the first rows; rates start where a gradient can still move them."""
+    """Fit the fresh routers to the first rows; rates start inside the recipe's margin."""
     picked = [rows[index] for index in range(min(recipe.calibrate, len(rows)))]
     size = recipe.batch_size
     fit_router(model, [collate(picked[k : k + size]) for k in range(0, len(picked), size)])
+    most = math.log(1 / recipe.rate_margin - 1)
     with torch.no_grad():
         for router in model._dare.controller.routers:
-            router.rate_logits.clamp_(-_FREE, _FREE)
+            router.rate_logits.clamp_(-most, most)
 
 
 def _lora_defaults(model: Any) -> dict[str, Any]:
