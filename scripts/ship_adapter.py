@@ -2,8 +2,9 @@
 
     python scripts/ship_adapter.py --run runs/dare_lh --model anole --name dare-lh
 
-Copies routers and LoRA, replaces the paths of the machine they were trained on by names, and writes
-recipe.yaml, which `dare-hf train --config` takes, from the first line of the training log.
+Copies routers and LoRA (its weights in float16, half the size: measure what is shipped), replaces
+the paths of the machine they were trained on by names, and writes recipe.yaml, which
+`dare-hf train --config` takes, from the first line of the training log.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shutil
 from pathlib import Path
 
 import yaml
+from safetensors.torch import load_file, save_file
 
 from dare_hf.assets import model_path
 from dare_hf.demo.embedded import RUNNERS, runner_type
@@ -40,6 +42,10 @@ def ship(run: Path, model: str, name: str) -> Path:
                 if base and not file.endswith("safetensors"):
                     text = (target / part / file).read_text().replace(base, folder)
                     (target / part / file).write_text(text)
+        if part == "lora":
+            weights = target / part / "adapter_model.safetensors"
+            halves = {name: tensor.half() for name, tensor in load_file(weights).items()}
+            save_file(halves, weights, metadata={"format": "pt"})
     (target / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     log = [json.dumps({"recipe": recipe}), *lines[1:]]
     (target / "training_log.jsonl").write_text("".join(f"{line}\n" for line in log))
