@@ -99,7 +99,7 @@ def demo(
         bool, typer.Option(help='Instead: the preset "safe", nothing trained.')
     ] = False,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Items of a generate call; default: n / 4, 25 to 100.")
+        int | None, typer.Option(min=1, help="Items of a generate call; by default at most 100.")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON line on stdout, all else on stderr.")
@@ -175,7 +175,7 @@ def evaluate(
     ] = False,
     safe: Annotated[bool, typer.Option(help='The preset "safe", nothing trained.')] = False,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Items of a generate call; default: n / 4, 25 to 100.")
+        int | None, typer.Option(min=1, help="Items of a generate call; by default at most 100.")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON line on stdout, all else on stderr.")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from dare_hf import DareConfig, assets, cli
@@ -206,11 +207,13 @@ def test_the_script_ships_an_adapter_without_paths(shipped, monkeypatch) -> None
     folder = ship(shipped, "volcano", "dare-new")
     assert folder == assets.adapter_path("dare-tiny-volcano", "dare-new")
     _assert_says_how_it_was_made(folder)
-    arm, source = trained_arm("new", folder), trained_arm("source", shipped)
-    assert arm.config.hop_delimiters == source.config.hop_delimiters
-    for part in ("dare", "lora"):
-        name = f"{part}/adapter_model.safetensors"
-        assert (folder / name).read_bytes() == (shipped / name).read_bytes()
+    arm, trained = trained_arm("new", folder), trained_arm("source", shipped)
+    assert arm.config.hop_delimiters == trained.config.hop_delimiters
+    routers, lora = (f"{part}/adapter_model.safetensors" for part in ("dare", "lora"))
+    assert (folder / routers).read_bytes() == (shipped / routers).read_bytes()
+    halves, source = load_file(folder / lora), load_file(shipped / lora)
+    assert set(halves) == set(source)
+    assert all(torch.equal(halves[name], source[name].half()) for name in source)
 
 
 # -- which arm is asked for
@@ -300,10 +303,8 @@ def test_an_adapter_prunes_and_leaves_the_model_plain(runner, ends, trained_volc
     assert len(found.right) == found.n == 1
 
 
-@pytest.mark.parametrize(
-    ("n", "rows"), [(0, 1), (3, 3), (25, 25), (60, 25), (200, 50), (1000, 100), (100_000, 100)]
-)
-def test_the_default_batch_grows_with_the_number_of_items(n: int, rows: int) -> None:
+@pytest.mark.parametrize(("n", "rows"), [(0, 1), (3, 3), (60, 60), (1000, 100)])
+def test_the_default_batch_is_all_items_up_to_a_bound(n: int, rows: int) -> None:
     assert default_batch_size(n) == rows
 
 

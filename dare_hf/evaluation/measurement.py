@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dare_hf.evaluation.suite import Task
 
 _WARM_UP_ITEMS = 2
-_SMALLEST_BATCH, _LARGEST_BATCH = 25, 100
+_LARGEST_BATCH = 100
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,8 @@ def setting(model: Any) -> dict[str, Any]:
 
 
 def default_batch_size(n: int) -> int:
-    """Rows of a generate call for `n` items: a quarter of them, but 25 to 100.
+    """Rows of a generate call for `n` items: all of them, at most 100.
 
-    Items are sorted by length, and all rows of a call run as long as its longest: few calls waste
-    steps, small ones waste what a step costs by itself (measured on dare-tiny-anole).
+    Where a task solves items of one length together, it makes smaller calls by itself.
     """
-    return min(max(n, 1), max(_SMALLEST_BATCH, min(_LARGEST_BATCH, n // 4)))
+    return max(1, min(n, _LARGEST_BATCH))
