@@ -77,14 +77,12 @@ class KeyView:
         cached: How many of them were stored before this forward.
         holes: Whether some are -1.
         gathered: Whether HF's logical mask does not fit them.
-        held: Per row the real tokens stored before.
     """
 
     columns: Tensor
     cached: int
     holes: bool
     gathered: bool
-    held: list[int]
 
 
 @dataclass

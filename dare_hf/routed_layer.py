@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from dare_hf.cache import DareLayer
     from dare_hf.context import ForwardContext
     from dare_hf.controller import Controller
 
@@ -170,12 +171,18 @@ def _select(
         return controller.planner.plan(context, index, scores, before)
 
 
+def _slot(state: LayerState, context: ForwardContext, kwargs: dict[str, Any]) -> DareLayer | None:
+    """The layer's cache, where this forward has one."""
+    if context.cache is None or kwargs.get("past_key_values") is None:
+        return None
+    return context.cache.layer(state.index)
+
+
 def _stage(state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[str, Any]) -> None:
     """Tell the cache layer which tokens the coming update brings."""
-    cache = context.cache
-    if cache is None or kwargs.get("past_key_values") is None:
+    slot = _slot(state, context, kwargs)
+    if slot is None:
         return
-    slot = cache.layer(state.index)
     if state.source != state.index:
         slot.advance(context.past + context.length)
         return
@@ -199,9 +206,9 @@ def _needs_gather(
         return True
     if state.source != state.index:
         return context.keys[state.source].gathered
-    if context.cache is None or kwargs.get("past_key_values") is None:
+    slot = _slot(state, context, kwargs)
+    if slot is None:
         return False
-    slot = context.cache.layer(state.index)
     dense = slot.plain and slot.width == context.past
     if dense:
         return False
@@ -212,16 +219,13 @@ def _key_view(
     state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[str, Any]
 ) -> KeyView:
     """This layer's keys of the coming attention, before its cache has them."""
-    slot = None
-    if context.cache is not None and kwargs.get("past_key_values") is not None:
-        slot = context.cache.layer(state.index)
+    slot = _slot(state, context, kwargs)
     cached = slot.width if slot is not None else 0
     return KeyView(
         columns=_columns(context, plan, slot if cached else None),
         cached=cached,
         holes=plan.live is not None or (slot is not None and slot.holes),
         gathered=_needs_gather(state, context, plan, kwargs),
-        held=(list(slot.kept_host) if slot is not None else []) or [0] * context.batch,
     )
 
 
@@ -281,31 +285,24 @@ def _remembered(plan: Plan, index: Tensor, name: str, value: Any, dim: int) -> A
 
 def _mask(state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[str, Any]) -> Any:
     """The mask over the running rows and the physical columns, None where HF's would be."""
-    mask, slot = kwargs.get("attention_mask"), None
-    if state.source != state.index:
-        view = context.keys[state.source]
-        cached, holes, columns = view.cached, view.holes, view.columns
-    else:
-        if context.cache is not None and kwargs.get("past_key_values") is not None:
-            slot = context.cache.layer(state.index)
-        cached = slot.width if slot is not None else 0
-        holes = plan.live is not None or (slot is not None and slot.holes)
-        columns = _columns(context, plan, slot if cached else None)
+    mask = kwargs.get("attention_mask")
+    view = context.keys.get(state.source) or _key_view(state, context, plan, kwargs)
     if context.capture_layer == state.index:
-        context.columns = columns
-        context.column_scores = slot.scores() if slot is not None and cached else None
-    if mask is None and not holes and (cached == 0 or plan.width == 1):
+        slot = _slot(state, context, kwargs) if view.cached else None
+        own = slot is not None and state.source == state.index
+        context.columns, context.column_scores = view.columns, slot.scores() if own else None
+    if mask is None and not view.holes and (view.cached == 0 or plan.width == 1):
         return None
-    shared = cached == 0 and plan.gathered is not None
+    shared = view.cached == 0 and plan.gathered is not None
     key = ("attention_mask", id(mask), state.causal)
     if shared and key in plan.gathered:
         return plan.gathered[key][1]
     gathered = gather_mask(
         mask,
         plan.rows(context),
-        columns,
+        view.columns,
         past=context.past,
-        holes=holes,
+        holes=view.holes,
         rows_live=None if plan.plain else plan.live,
         causal=state.causal,
         implementation=state.controller.base_implementation,

@@ -11,24 +11,30 @@ scripts/claim_report.py makes the tables. What is compared, and by which margins
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import json
 import shutil
 import sys
 import tempfile
-import time
-from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from dare_hf import DareConfig, apply_dare, last_report
+from dare_hf import DareConfig
 from dare_hf.calibration import fit_router
-from dare_hf.demo.embedded import load_embedded, runner_type, safe_config
+from dare_hf.demo.embedded import load_embedded, safe_config
+from dare_hf.evaluation import Arm, measure, trained_arm
+from dare_hf.evaluation.suite import TASKS
+from dare_hf.generation.interleaved import allow_image_tokens
+from dare_hf.modality import vision_token_ids
 from dare_hf.recipes import Recipe, train
-from dare_hf.tasks import ghost, ghost_run, maze, mvot, scene, vocot
+from dare_hf.recipes.data import TaskCollator, TaskStream
+from dare_hf.routing.selection import isin_ids
 
 ARMS: dict[str, dict[str, Any] | None] = {
     "full": None,
@@ -56,7 +62,6 @@ MODELS: dict[str, dict[str, Any]] = {
             "router_lr": 1e-4,
             "rate_lr": 1e-2,
         },
-        "tasks": {"maze": (maze, mvot.solve), "ghost": (ghost, ghost_run.solve)},
         "dare": {"max_hops": 6},
         "budgets": {"paper": (0.4, 0.7), "lean": (0.15, 0.4)},
     },
@@ -71,7 +76,6 @@ MODELS: dict[str, dict[str, Any]] = {
             "rate_lr": 2e-2,
             "rate_margin": 0.1,
         },
-        "tasks": {"scene": (scene, vocot.solve)},
         "dare": {"max_hops": 4},
         "budgets": {"paper": (0.4, 0.7), "lean": (0.3, 0.6)},
     },
@@ -84,9 +88,7 @@ CHANGES = ("shuffled", "swapped", "layer_rates")
 
 def delimiters(model: str, processor: Any) -> tuple[int, ...]:
     """What ends a hop in all tasks of a model; anole's separator does in both of its tasks."""
-    if model == "anole":
-        return ghost_run.delimiters(processor)
-    return (runner_type(model).delimiter(processor),)
+    return TASKS["ghost" if model == "anole" else "scene"].ends(processor)
 
 
 def dare_fields(args: argparse.Namespace, processor: Any, share: float) -> dict[str, Any] | None:
@@ -108,10 +110,6 @@ def dare_fields(args: argparse.Namespace, processor: Any, share: float) -> dict[
 
 def vision_share(name: str) -> float:
     """Share of vision among all tokens of 64 training solutions."""
-    from dare_hf.modality import vision_token_ids
-    from dare_hf.recipes.data import TaskCollator, TaskStream
-    from dare_hf.routing.selection import isin_ids
-
     model, processor = load_embedded(name)
     tasks = MODELS[name]["recipe"]["task"]
     stream = TaskStream(tasks, 64, 999)
@@ -169,117 +167,58 @@ def changed(args: argparse.Namespace, source: Path, target: Path) -> Path:
     return target
 
 
-def load_arm(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The model of an arm as it generates, and its processor."""
-    model, processor = load_embedded(args.model)
+def arm_of(args: argparse.Namespace, model: Any, processor: Any, scratch: Path) -> Arm:
+    """What is put on the plain model."""
+    ends = delimiters(args.model, processor)
     if args.arm == "safe":
-        config = safe_config(processor, args.model)
-        config.hop_delimiters = delimiters(args.model, processor)
-        return apply_dare(model, config), processor
+        return Arm("safe", replace(safe_config(processor, args.model), hop_delimiters=ends))
     if args.arm == "calibrated":
-        return calibrated(args, model, processor), processor
+        return trained_arm("calibrated", calibrated(args, model, processor, scratch / "fit"))
     where = folder(args)
-    if not args.router_only:
-        model.load_adapter(str(where / "lora"))
+    lora = None if args.router_only else where / "lora"
     if args.arm == "full":  # everything is kept, in a cache that does not copy itself each step
         keep = DareConfig(
-            vision_retention=1.0,
-            text_retention=1.0,
-            schedule="constant",
-            hop_delimiters=delimiters(args.model, processor),
+            vision_retention=1.0, text_retention=1.0, schedule="constant", hop_delimiters=ends
         )
-        return apply_dare(model, keep), processor
-    if not (where / "dare").exists():
-        return apply_dare(model, DareConfig(**dare_fields(args, processor, 0.0) or {})), processor
-    source = where / "dare"
-    with tempfile.TemporaryDirectory() as scratch:
-        if args.change:
-            source = changed(args, source, Path(scratch) / "dare")
-        apply_dare(model, str(source))
-    return model, processor
+        return Arm("full", keep, lora=lora)
+    routers = where / "dare"
+    if not routers.exists():
+        return Arm(args.arm, DareConfig(**dare_fields(args, processor, 0.0) or {}), lora=lora)
+    if args.change:
+        routers = changed(args, routers, scratch / "dare")
+    return trained_arm(args.arm, routers, lora=lora)
 
 
-def calibrated(args: argparse.Namespace, model: Any, processor: Any) -> Any:
-    """Routers fitted in closed form on 32 training solutions; the backbone as it is."""
-    from dare_hf.generation.interleaved import allow_image_tokens
-    from dare_hf.recipes.data import TaskCollator, TaskStream
-
+def calibrated(args: argparse.Namespace, model: Any, processor: Any, target: Path) -> Path:
+    """Routers fitted in closed form on 32 training solutions, saved in `target`."""
     fields = dare_fields(argparse.Namespace(**{**vars(args), "arm": "dare_lh"}), processor, 0.0)
     config = DareConfig(scorer="router", schedule="learned", **(fields or {}))
-    tasks = MODELS[args.model]["recipe"]["task"]
-    stream, collate = TaskStream(tasks, 32, args.seed), TaskCollator(model, processor)
+    stream = TaskStream(MODELS[args.model]["recipe"]["task"], 32, args.seed)
+    fitted = copy.deepcopy(model)
+    collate = TaskCollator(fitted, processor)
     rows = [[stream[k] for k in range(first, first + 8)] for first in range(0, 32, 8)]
-    context = allow_image_tokens(model) if args.model == "anole" else nullcontext()
-    with context:
-        fit_router(model, [collate(one) for one in rows], config)
-    return model
-
-
-class Totals:
-    """Adds up the reports of generate calls."""
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.sums = model, Counter()
-        self.retention: Counter = Counter()
-        self.calls: Counter = Counter()
-
-    def __call__(self, batch: mvot.BatchOutput) -> None:
-        """Takes over the last call's report, weighted by its rows."""
-        if "_dare" not in vars(self.model):
-            return
-        report, rows = last_report(self.model), len(batch.indices)
-        for phase in ("prefill", "decode"):
-            self.sums[f"flops_{phase}"] += report.flops[phase]
-            self.sums[f"flops_{phase}_full"] += report.flops_baseline[phase]
-        self.sums["kv"] += report.kv_bytes
-        self.sums["kv_full"] += report.kv_bytes_baseline
-        for hop, layers in enumerate(report.retention):
-            for layer, kinds in enumerate(layers):
-                for kind, value in kinds.items():
-                    if value is not None:
-                        self.retention[f"{hop} {layer} {kind}"] += value * rows
-                        self.calls[f"{hop} {layer} {kind}"] += rows
-
-    def shares(self) -> dict[str, Any]:
-        """Ratios to the unpruned run, and mean retention by hop, layer and modality."""
-        s = self.sums
-        if not s:
-            return {"flops": 1.0, "flops_prefill": 1.0, "kv": 1.0}
-        both = s["flops_prefill"] + s["flops_decode"]
-        return {
-            "flops": both / (s["flops_prefill_full"] + s["flops_decode_full"]),
-            "flops_prefill": s["flops_prefill"] / s["flops_prefill_full"],
-            "kv": s["kv"] / s["kv_full"],
-            "retention": {k: round(v / self.calls[k], 4) for k, v in self.retention.items()},
-        }
+    with allow_image_tokens(fitted) if args.model == "anole" else nullcontext():
+        fit_router(fitted, [collate(one) for one in rows], config).save_pretrained(target)
+    return target
 
 
 def run_evaluation(args: argparse.Namespace) -> None:
     """Solve the held-out items of each task and split; one JSON line each."""
-    model, processor = load_arm(args)
-    model.eval()
-    for name, (task, solve) in MODELS[args.model]["tasks"].items():
-        if args.tasks and name not in args.tasks.split(","):
-            continue
-        for split in args.splits.split(","):
-            started, totals = time.perf_counter(), Totals(model)
-            items = task.sample(args.n, split, args.items_seed)
-            solutions = solve(model, processor, items, args.batch_size, on_batch=totals)
+    model, processor = load_embedded(args.model)
+    names = args.tasks.split(",") if args.tasks else MODELS[args.model]["recipe"]["task"]
+    with tempfile.TemporaryDirectory() as scratch:
+        arm = arm_of(args, model, processor, Path(scratch))
+        for name, split in itertools.product(names, args.splits.split(",")):
+            items = TASKS[name].sample(args.n, split, args.items_seed)
+            size = args.batch_size
+            result = measure(model, processor, TASKS[name], arm, items, batch_size=size)
+            asked = ("model", "change", "budget", "seed", "items_seed")
             line = {
-                "model": args.model,
                 "arm": args.arm + ("_router_only" if args.router_only else ""),
-                "change": args.change,
-                "budget": args.budget,
-                "seed": args.seed,
+                **{field: getattr(args, field) for field in asked},
                 "task": name,
                 "split": split,
-                "n": args.n,
-                "items_seed": args.items_seed,
-                "accuracy": sum(s.correct for s in solutions) / len(solutions),
-                "unparsed": sum(s.answer is None for s in solutions) / len(solutions),
-                **totals.shares(),
-                "seconds": round(time.perf_counter() - started, 1),
-                "right": "".join(str(int(s.correct)) for s in solutions),
+                **result.to_dict(),
             }
             with (Path(args.out) / "results.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")

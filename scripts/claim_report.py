@@ -69,7 +69,8 @@ def main() -> None:
             cells = [
                 f"{arm} {change or ''}".strip(),
                 f"{share(marks.mean())} ({share(low)}-{share(high)})",
-                *(share(line[name]) for name in ("kv", "flops", "flops_prefill")),
+                share(line["kv_ratio"]),
+                *(share(line["flops_ratio"][phase]) for phase in ("all", "prefill")),
                 against(full, line),
                 against(best, line) if line is not best else "",
             ]

@@ -13,15 +13,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from dare_hf import DareConfig, apply_dare, last_report, remove_dare
+from dare_hf import DareConfig, apply_dare, remove_dare
 from dare_hf.assets import model_path
+from dare_hf.evaluation import compare_paired
+from dare_hf.evaluation.costs import ReportTotals
 from dare_hf.tasks import ghost, ghost_run, mvot
 
 ARMS = list(itertools.product(("observed", "stored"), ("per_hop", "pooled"), (1.0, 0.7)))
@@ -29,18 +30,10 @@ ARMS = list(itertools.product(("observed", "stored"), ("per_hop", "pooled"), (1.
 
 def run(model: Any, processor: Any, items: list, config: DareConfig, batch_size: int) -> dict:
     """Accuracy, costs as shares of the unpruned run's, and which items were right."""
-    totals = dict.fromkeys(("flops", "flops_full", "kv", "kv_full"), 0)
-
-    def cost(batch: mvot.BatchOutput) -> None:
-        report = last_report(model)
-        totals["flops"] += sum(report.flops.values())
-        totals["flops_full"] += sum(report.flops_baseline.values())
-        totals["kv"] += report.kv_bytes
-        totals["kv_full"] += report.kv_bytes_baseline
-
+    totals = ReportTotals(model)
     apply_dare(model, config)
     try:
-        solutions = ghost_run.solve(model, processor, items, batch_size, on_batch=cost)
+        solutions = ghost_run.solve(model, processor, items, batch_size, on_batch=totals)
     finally:
         remove_dare(model)
     score = mvot.score(solutions)
@@ -48,18 +41,10 @@ def run(model: Any, processor: Any, items: list, config: DareConfig, batch_size:
         "n": score.n,
         "accuracy": score.accuracy,
         "interval": [round(bound, 4) for bound in score.accuracy_interval],
-        "flops_ratio": round(totals["flops"] / totals["flops_full"], 4),
-        "kv_ratio": round(totals["kv"] / totals["kv_full"], 4),
+        "flops_ratio": round(totals.flops_ratios()["all"], 4),
+        "kv_ratio": round(totals.kv_ratio, 4),
         "right": [s.correct for s in solutions],
     }
-
-
-def mcnemar(one: list[bool], other: list[bool]) -> float:
-    """Exact two-sided p of paired outcomes: a fair coin over the items on which they differ."""
-    only = sum(a and not b for a, b in zip(one, other, strict=True))
-    differ = sum(a != b for a, b in zip(one, other, strict=True))
-    tail = sum(math.comb(differ, k) for k in range(min(only, differ - only) + 1))
-    return min(1.0, 2 * tail / 2**differ)
 
 
 def main() -> None:
@@ -99,7 +84,8 @@ def main() -> None:
             right = result.pop("right")
             base = first.setdefault(decay, right)
             arm = {"vision": budget_text, "score": score, "budget": budget, "decay": decay}
-            rows.append({**arm, **result, "p_to_first": round(mcnemar(base, right), 5)})
+            p_value = round(compare_paired(base, right).p_value, 5)
+            rows.append({**arm, **result, "p_to_first": p_value})
             marks = "".join(str(int(one)) for one in right)
             line = rows[-1] | {"split": args.split, "seed": args.seed, "right": marks}
             print(json.dumps(line), flush=True)

@@ -126,7 +126,8 @@ def _calibrate(model: Any, recipe: Recipe, rows: Any, collate: Any) -> None:
     """Fit the fresh routers to the first rows; rates start inside the recipe's margin."""
     picked = [rows[index] for index in range(min(recipe.calibrate, len(rows)))]
     size = recipe.batch_size
-    fit_router(model, [collate(picked[k : k + size]) for k in range(0, len(picked), size)])
+    batches = [collate(picked[k : k + size]) for k in range(0, len(picked), size)]
+    fit_router(model, [{n: t.to(model.device) for n, t in batch.items()} for batch in batches])
     most = math.log(1 / recipe.rate_margin - 1)
     with torch.no_grad():
         for router in model._dare.controller.routers:
