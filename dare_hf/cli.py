@@ -43,6 +43,16 @@ class Split(StrEnum):
     hard = "hard"
 
 
+# Options that several commands have.
+Embedded = Annotated[DemoModel, typer.Option(help="Embedded model.")]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Items of a generate call; by default at most 100.")
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="One JSON line on stdout, all else on stderr.")
+]
+
+
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
     try:
@@ -84,7 +94,7 @@ def _embedded(name: str) -> Runner:
 
 @app.command()
 def demo(
-    model: Annotated[DemoModel, typer.Option(help="Embedded model.")] = DemoModel.anole,
+    model: Embedded = DemoModel.anole,
     n: Annotated[int, typer.Option(min=1, help="Held-out items to solve.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the items.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = Path("demo-output"),
@@ -98,12 +108,8 @@ def demo(
     safe: Annotated[
         bool, typer.Option(help='Instead: the preset "safe", nothing trained.')
     ] = False,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Items of a generate call; by default at most 100.")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON line on stdout, all else on stderr.")
-    ] = False,
+    batch_size: BatchSize = None,
+    as_json: AsJson = False,
 ) -> None:
     """Solve held-out items with and without DARE; print a table, write two pictures.
 
@@ -154,7 +160,7 @@ def demo(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[DemoModel, typer.Option(help="Embedded model.")] = DemoModel.anole,
+    model: Embedded = DemoModel.anole,
     task: Annotated[
         str | None, typer.Option(help="maze (default of anole), frozen_lake, ghost; scene.")
     ] = None,
@@ -174,12 +180,8 @@ def evaluate(
         bool, typer.Option(help="Rates measured one layer at a time, nothing trained.")
     ] = False,
     safe: Annotated[bool, typer.Option(help='The preset "safe", nothing trained.')] = False,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Items of a generate call; by default at most 100.")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON line on stdout, all else on stderr.")
-    ] = False,
+    batch_size: BatchSize = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure an embedded model on held-out items of a task, pruned in one way or not at all.
 
@@ -252,9 +254,7 @@ def conformance(
         list[str] | None, typer.Option(help="Only this model_type; may be given again.")
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON line on stdout, all else on stderr.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Hold every image-text-to-text architecture of transformers to the laws.
 
