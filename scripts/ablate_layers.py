@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dare_hf import DareConfig, apply_dare, last_report, remove_dare
+from dare_hf import DareConfig, apply_dare, remove_dare
 from dare_hf.demo.embedded import RUNNERS, load_runner
+from dare_hf.evaluation.costs import ReportTotals
 
 if TYPE_CHECKING:
     from dare_hf.demo.runner import Runner
@@ -32,25 +33,17 @@ def run(
         hop_decay=decay,
         hop_delimiters=(runner.delimiter(runner.processor),),
     )
-    totals = {"flops": 0, "full": 0, "kv": 0, "kv_full": 0}
-
-    def add(batch: object) -> None:
-        report = last_report(runner.model)
-        totals["flops"] += sum(report.flops.values())
-        totals["full"] += sum(report.flops_baseline.values())
-        totals["kv"] += report.kv_bytes
-        totals["kv_full"] += report.kv_bytes_baseline
-
+    totals = ReportTotals(runner.model)
     apply_dare(runner.model, config)
     try:
-        score = runner.score(runner.solve(items, batch_size=48, on_batch=add))
+        score = runner.score(runner.solve(items, batch_size=48, on_batch=totals))
     finally:
         remove_dare(runner.model)
     return {
         "accuracy": round(score.accuracy, 4),
         runner.detail: round(runner.detail_share(score), 4),
-        "flops": round(totals["flops"] / totals["full"], 4),
-        "kv": round(totals["kv"] / totals["kv_full"], 4),
+        "flops": round(totals.flops_ratios()["all"], 4),
+        "kv": round(totals.kv_ratio, 4),
     }
 
 
