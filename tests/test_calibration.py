@@ -12,7 +12,7 @@ from peft import PeftModel
 from dare_hf import DareConfig, apply_dare, dare_disabled, last_report
 from dare_hf.calibration import fit_router
 from dare_hf.calibration.continuation import continued
-from dare_hf.calibration.fit import TRIED_RATES
+from dare_hf.calibration.rates import TRIED_RATES
 from dare_hf.errors import DareConfigError, DareInputError, DareStateError
 from dare_hf.testing import tiny_model
 
@@ -51,10 +51,12 @@ def test_the_backbone_is_untouched(fitted):
 def test_rates_meet_the_budget_and_the_costlier_layers_keep_more(fitted):
     routed, details, _ = fitted
     config = routed.peft_config["default"]
-    vision, text = zip(*details.rates, strict=True)
+    vision, text = zip(*details.rates[0], strict=True)
     assert sum(vision) / len(vision) == pytest.approx(config.vision_retention, abs=1e-6)
     assert sum(text) / len(text) == pytest.approx(config.text_retention, abs=1e-6)
-    costs = [row[-1] for row in details.costs["vision"]]
+    assert details.costs.weights == [1.0, *[0.0] * (config.max_hops - 1)]  # no delimiter: one row
+    assert details.rates[1:] == [details.rates[0]] * (config.max_hops - 1)
+    costs = [row[-1] for row in details.costs.divergence["vision"][0]]
     assert vision[costs.index(max(costs))] == max(vision)
     model = routed.get_base_model()
     model(**inputs_of(model, (1,), pixels=True))  # rates are read at the next forward
@@ -88,7 +90,7 @@ def test_mean_scores_are_the_rates(fitted):
         hook.remove()
     layers = len(routers)
     image = model.config.image_token_id
-    for index, (router, (rate, _)) in enumerate(zip(routers, details.rates, strict=True)):
+    for index, (router, (rate, _)) in enumerate(zip(routers, details.rates[0], strict=True)):
         scores = []
         for number, inputs in enumerate(batches):
             vision = inputs["input_ids"] == image
@@ -151,7 +153,7 @@ def test_every_kind_of_model_and_a_padded_batch(name, dtype):
     for router in model._dare.controller.routers:
         assert router.weight.dtype == torch.float32
         assert torch.isfinite(router.weight).all()
-    vision, text = zip(*found[0].rates, strict=True)
+    vision, text = zip(*found[0].rates[0], strict=True)
     assert sum(vision) / 2 == pytest.approx(0.4)
     assert sum(text) / 2 == pytest.approx(0.7)
     assert found[0].tokens["vision"] > 20
@@ -195,6 +197,67 @@ def test_refusals():
     model = apply_dare(tiny_model("llava"))
     with pytest.raises(DareStateError, match="remove_dare"):
         fit_router(model, batches_of(model, 1))
+
+
+def hop_rows(batches, hops):
+    """Hop ids: the second half of each row is cut into `hops` hops of equal length."""
+    for batch in batches:
+        batch["labels"] = batch["input_ids"].clone()
+        length = batch["labels"].shape[1]
+        half = length // 2
+        batch["labels"][:, :half] = -100
+        places = torch.arange(length)
+        hop = torch.where(places < half, 0, 1 + (places - half) * hops // (length - half))
+        batch["hop_ids"] = hop.expand(len(batch["labels"]), -1).clone()
+    return batches
+
+
+@pytest.mark.parametrize("hop_aware", [True, False])
+def test_rates_by_hop_meet_the_budget_over_the_hops_there_are(hop_aware):
+    """Three hops and a prompt, four rows: hops 0 and 1 share one, row 1 and row 4 serve none."""
+    model = tiny_model("llava", layers=2)
+    config = DareConfig(
+        scorer="router", schedule="learned", max_hops=5, hop_aware=hop_aware, vision_retention=0.5
+    )
+    found = []
+    routed = fit_router(model, hop_rows(batches_of(model, 2), 3), config, details=found.append)
+    costs, rates = found[0].costs, found[0].rates
+    if not hop_aware:
+        assert costs.weights == [1.0]
+        assert len(rates) == 1
+        return
+    assert costs.weights == pytest.approx([0.5, 0, 0.25, 0.25, 0])
+    for name in ("vision", "text"):
+        tried = [len(row) for row in costs.divergence[name]]
+        assert tried == [2, 0, 2, 2, 0]
+    mean = sum(
+        weight * sum(vision for vision, _ in row) / 2
+        for weight, row in zip(costs.weights, rates, strict=True)
+    )
+    assert mean == pytest.approx(0.5)
+    assert rates[1] == rates[0]
+    assert rates[4] == rates[3]
+    table = [router.rates() for router in routed.get_base_model()._dare.controller.routers]
+    written = [[tuple(layer[row].flip(0).tolist()) for layer in table] for row in range(5)]
+    torch.testing.assert_close(torch.tensor(written), torch.tensor(rates), atol=1e-5, rtol=0)
+
+
+def test_a_later_hop_costs_no_more_than_all_hops():
+    """What hop 3 alone prunes at a layer is part of what pruning from the prompt on removes."""
+    model = tiny_model("llava", layers=2)
+    batches = hop_rows(batches_of(model, 2), 3)
+    found = {}
+    for hop_aware in (True, False):
+        config = DareConfig(scorer="router", schedule="learned", max_hops=4, hop_aware=hop_aware)
+        fresh = copy.deepcopy(model)
+        fit_router(
+            fresh, batches, config, details=lambda it, key=hop_aware: found.update({key: it})
+        )
+    by_hop, together = found[True].costs.divergence, found[False].costs.divergence
+    last = TRIED_RATES[1].index(min(TRIED_RATES[1]))
+    for layer in range(2):
+        late, whole = by_hop["vision"][3][layer][last], together["vision"][0][layer][last]
+        assert 0 < late < whole
 
 
 def test_tried_rates_fall():

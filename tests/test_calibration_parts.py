@@ -88,6 +88,13 @@ def test_spread_budget_is_as_cheap_as_any_mixture(target):
     assert mine <= _brute_force(rates, costs, target) + 1e-9
 
 
+def test_a_place_that_counts_less_is_given_up_later_at_the_same_cost():
+    assert spread_budget([0.2], [[1.0], [1.0]], 0.6, [3.0, 1.0]) == pytest.approx([7 / 15, 1.0])
+    rates = spread_budget([0.5, 0.2], [[0.0, 0.1], [1.0, 5.0], [0.3, 0.4]], 0.55, [0.5, 0.3, 0.2])
+    mean = sum(rate * weight for rate, weight in zip(rates, [0.5, 0.3, 0.2], strict=True))
+    assert mean == pytest.approx(0.55)
+
+
 def test_costs_that_fall_are_noise():
     assert convex_costs([0.5, 0.2], [0.4, 0.1]) == [(1.0, 0.0), (0.2, 0.4)]
 

@@ -1,4 +1,4 @@
-"""Spreading a retention budget over the layers by what pruning each of them costs."""
+"""Spreading a retention budget over layers and hops by what pruning each of them costs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def convex_costs(rates: Sequence[float], costs: Sequence[float]) -> list[tuple[float, float]]:
-    """The lower convex hull of one layer's cost over its rate, from rate 1 (cost 0) down.
+    """The lower convex hull of one place's cost over its rate, from rate 1 (cost 0) down.
 
     A cost lower than that of a milder rate is noise: it counts as equal.
 
@@ -40,17 +40,22 @@ def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:
 
 
 def spread_budget(
-    rates: Sequence[float], costs: Sequence[Sequence[float]], target: float
+    rates: Sequence[float],
+    costs: Sequence[Sequence[float]],
+    target: float,
+    weights: Sequence[float] | None = None,
 ) -> list[float]:
-    """The rates of mean `target` with the least summed cost, costs of layers taken as additive.
+    """The rates of mean `target` with the least summed cost, costs of places taken as additive.
 
-    Every layer starts at 1; the cheapest stretch of any layer's convex hull is given up first, the
-    last one only as far as the target asks.
+    A place is a layer, or a layer at some hops. Every place starts at 1; the stretch of any place's
+    convex hull that costs least for what it saves is given up first, the last one only as far as
+    the target asks.
 
     Args:
-        rates: Tried rates in (0, 1), falling; the same for all layers.
-        costs: One row per layer, one cost per rate.
-        target: Mean rate over the layers, in (0, 1].
+        rates: Tried rates in (0, 1), falling; the same for all places.
+        costs: One row per place, one cost per rate.
+        target: Mean rate over the places, in (0, 1].
+        weights: What each place counts in the mean, > 0; by default all the same.
 
     Raises:
         DareInputError: The target is under the lowest rate that was tried.
@@ -60,18 +65,19 @@ def spread_budget(
             f"target: expected at least the lowest rate that was tried, {rates[-1]}; got {target}. "
             "Try lower rates"
         )
+    weights = [1.0] * len(costs) if weights is None else weights
     result = [1.0] * len(costs)
-    spare = (1.0 - target) * len(costs)
+    spare = (1.0 - target) * sum(weights)
     stretches = [
-        (_slope(left, right), layer, right[0])
-        for layer, row in enumerate(costs)
+        (_slope(left, right) / weights[place], place, right[0])
+        for place, row in enumerate(costs)
         for left, right in pairwise(convex_costs(rates, row))
     ]
-    # slopes rise along a hull, so that a layer's stretches come up in their order
-    for _, layer, rate in sorted(stretches, key=lambda stretch: (stretch[0], -stretch[2])):
-        given = min(result[layer] - rate, spare)
-        result[layer] -= given
-        spare -= given
+    # slopes rise along a hull, so that a place's stretches come up in their order
+    for _, place, rate in sorted(stretches, key=lambda stretch: (stretch[0], -stretch[2])):
+        given = min(result[place] - rate, spare / weights[place])
+        result[place] -= given
+        spare -= given * weights[place]
         if spare <= 1e-12:
             break
     return result

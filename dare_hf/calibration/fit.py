@@ -10,9 +10,10 @@ import torch
 from transformers.utils import logging
 
 from dare_hf.apply import dare_disabled
-from dare_hf.calibration.budgets import measure_cut_layer, spread_budget
+from dare_hf.calibration.budgets import measure_cut_layer
 from dare_hf.calibration.continuation import continued
 from dare_hf.calibration.observe import Tokens, watching
+from dare_hf.calibration.rates import RateCosts, measure_costs, write_rates
 from dare_hf.calibration.ridge import CrossFitted
 from dare_hf.config import DareConfig
 from dare_hf.errors import DareConfigError, DareInputError, DareStateError
@@ -31,12 +32,9 @@ if TYPE_CHECKING:
 logger = logging.get_logger("dare_hf")
 
 KINDS = {TEXT: "text", VISION: "vision"}
-# Rates tried in one layer while all others keep everything, falling.
-TRIED_RATES = {VISION: (0.6, 0.35, 0.15, 0.04), TEXT: (0.8, 0.6, 0.4)}
 # Added to importance before its logarithm: attention below this share of the mean counts the same.
 _FLOOR = 0.01
 _SCORED = (0.05, 0.95)  # where mean scores are put
-_ALL = 30.0  # a rate logit that keeps every token
 
 
 @dataclass(frozen=True)
@@ -48,17 +46,17 @@ class Calibration:
             explains on prompts it was not fitted to; 0 or less means nothing was learned.
         vision_shares: Per layer, share of its attention that text puts on vision.
         cut_layer: The first layer where that share falls under half its maximum.
-        costs: Per modality and layer: mean divergence (KL, nats per token) of the model's own
-            continuation at each of TRIED_RATES; None where rates are not learned.
-        rates: Per layer (vision, text) rates; None where they are not learned.
+        costs: What pruning one layer at one hop costs; None where rates are not learned.
+        rates: `[row][layer]` rates (vision, text), the rows of the rate table: one for DARE-L,
+            else row 0 for hops 0 and 1 and row h for a later hop h; None where not learned.
         tokens: Tokens the routers were fitted to, by modality name, in the layer that saw most.
     """
 
     explained: list[tuple[float, float]]
     vision_shares: list[float]
     cut_layer: int
-    costs: dict[str, list[list[float]]] | None
-    rates: list[tuple[float, float]] | None
+    costs: RateCosts | None
+    rates: list[list[tuple[float, float]]] | None
     tokens: dict[str, int]
 
 
@@ -130,17 +128,21 @@ def _fit(
     generate_kwargs: dict[str, Any],
 ) -> Calibration:
     controller: Controller = _inner(routed)._dare.controller
+    config = controller.config
     with dare_disabled(routed), torch.no_grad():
         complete = [continued(routed, b, max_new_tokens, generate_kwargs) for b in batches]
         fits, shares, counts = _observe(routed, controller, complete, prompt_weight)
     explained = _write_routers(controller, fits)
     cut = measure_cut_layer(shares)
-    controller.config.cut_layer = cut
+    config.cut_layer = cut
     costs, rates = None, None
-    if controller.config.learns_rates:
-        costs = _costs(routed, controller, complete)
-        rates = _write_rates(controller, costs)
-    _centre_scores(controller, fits)
+    hop_shares = [1.0]
+    if config.learns_rates:
+        costs = measure_costs(routed, controller, _routers(controller), complete)
+        targets = {VISION: config.vision_retention, TEXT: config.text_retention}
+        rates = write_rates(_routers(controller), costs, targets)
+        hop_shares = costs.weights
+    _centre_scores(controller, fits, hop_shares)
     return Calibration(explained, shares, cut, costs, rates, counts)
 
 
@@ -254,78 +256,26 @@ def _write_routers(
     return explained
 
 
-def _centre_scores(controller: Controller, fits: list[dict[int, CrossFitted]]) -> None:
+def _centre_scores(
+    controller: Controller, fits: list[dict[int, CrossFitted]], hop_shares: list[float]
+) -> None:
     """Shift each layer's scores so that their mean is its rate; no token changes its rank.
+
+    `hop_shares` weighs the rows of the rate table.
 
     The losses of a training hold them there, and soft gates tell scores apart that are spread over
     (0, 1), not pressed against 0. The mean of a sigmoid over normal logits is the probit
     approximation's.
     """
     for router, by_kind in zip(_routers(controller), fits, strict=True):
-        rates = router.rates()[0]
+        rows = router.rates().double()[: len(hop_shares)]
+        rates = sum(share * row for share, row in zip(hop_shares, rows, strict=True))
         for kind, fit in by_kind.items():
             if not fit.count:
                 continue
             weight, bias = router.weight[kind].double(), router.bias[kind].double()
             mean, variance = fit.predicted(weight.detach(), bias.detach())
-            rate = rates[kind].double().clamp(*_SCORED)
+            rate = rates[kind].clamp(*_SCORED)
             wanted = rate.logit() * math.sqrt(1 + math.pi * variance / 8)
             with torch.no_grad():
                 router.bias[kind] += (wanted - mean).to(router.bias)
-
-
-def _costs(
-    model: Any, controller: Controller, batches: list[dict[str, Any]]
-) -> dict[str, list[list[float]]]:
-    """KL of the continuation when one layer alone prunes one modality, for each tried rate."""
-    layers = len(controller.anatomy.layers)
-    costs: dict[str, list[list[float]]] = {name: [] for name in KINDS.values()}
-    with torch.no_grad():
-        with dare_disabled(model):
-            plain = [_predictions(model, batch) for batch in batches]
-        for kind, name in KINDS.items():
-            for layer in range(layers):
-                row = []
-                for rate in TRIED_RATES[kind]:
-                    _set_rates(controller, {(layer, kind): rate})
-                    pairs = zip(batches, plain, strict=True)
-                    row.append(sum(_divergence(model, b, p) for b, p in pairs) / len(batches))
-                costs[name].append(row)
-                logger.info("fit_router: layer %s %s costs %s", layer, name, row)
-    return costs
-
-
-def _predictions(model: Any, batch: Mapping[str, Any]) -> Tensor:
-    """Float32[n, V] log-probabilities at the supervised positions."""
-    supervised = batch["labels"][:, 1:] != -100
-    logits = model(**batch).logits[:, :-1]
-    return logits[supervised.to(logits.device)].float().log_softmax(-1).clamp(min=-1e4)
-
-
-def _divergence(model: Any, batch: Mapping[str, Any], plain: Tensor) -> float:
-    pruned = _predictions(model, batch)
-    return float((plain.exp() * (plain - pruned)).sum(-1).mean().clamp(min=0))
-
-
-def _set_rates(controller: Controller, rates: Mapping[tuple[int, int], float]) -> None:
-    """Write rates of single layers and modalities at all hops; all others keep everything."""
-    for layer, router in enumerate(_routers(controller)):
-        for kind in KINDS:
-            rate = rates.get((layer, kind), 1.0)
-            logit = torch.tensor(rate).logit() if rate < 1 else torch.tensor(_ALL)
-            router.rate_logits[:, kind] = logit.to(router.rate_logits)
-
-
-def _write_rates(
-    controller: Controller, costs: dict[str, list[list[float]]]
-) -> list[tuple[float, float]]:
-    config = controller.config
-    targets = {VISION: config.vision_retention, TEXT: config.text_retention}
-    found = {}
-    for kind, name in KINDS.items():
-        found[kind] = spread_budget(TRIED_RATES[kind], costs[name], targets[kind])
-    with torch.no_grad():
-        _set_rates(
-            controller, {(i, k): rate for k, row in found.items() for i, rate in enumerate(row)}
-        )
-    return list(zip(found[VISION], found[TEXT], strict=True))
