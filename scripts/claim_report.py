@@ -1,20 +1,27 @@
-"""Tables of the router comparison, from the lines that scripts/claim.py wrote.
+"""Tables of the router comparison, from what scripts/claim.py wrote.
 
-python scripts/claim_report.py runs/results.jsonl --model anole --budget paper
+    python scripts/claim_report.py runs --model anole --budget paper
+    python scripts/claim_report.py runs --model anole --budget paper --learned
+
+The first compares the arms on the same items, the second shows what each arm learned.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import load_file
 
 from dare_hf.evaluation import compare_paired
 from dare_hf.tasks.mvot import wilson
 
+RATES = re.compile(r".*layers\.(\d+)\..*rate_logits").match
 ORDER = ("full", "random", "symmetric", "constant", "dare_l", "dare_lh")
 
 
@@ -40,14 +47,39 @@ def share(value: float) -> str:
 
 
 def main() -> None:
-    """Print one table a task and split."""
+    """Print the tables asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path)
+    parser.add_argument("runs", type=Path, help="folder that claim.py wrote")
     parser.add_argument("--model", required=True)
     parser.add_argument("--budget", default="paper")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learned", action="store_true", help="rates by hop, layer and modality")
     args = parser.parse_args()
-    lines = read(args.results)
+    show_learned(args) if args.learned else show_results(args)
+
+
+def show_learned(args: argparse.Namespace) -> None:
+    """Learned rates in per cent: one table an arm and modality, a line a row of the rate table."""
+    for arm in ("dare_l", "dare_lh"):
+        folder = args.runs / f"{args.model}_{arm}_{args.budget}_{args.seed}" / "dare"
+        if not folder.exists():
+            continue
+        tensors = load_file(folder / "adapter_model.safetensors")
+        found = {int(layer[1]): value for name, value in tensors.items() if (layer := RATES(name))}
+        rates = torch.stack([found[layer] for layer in sorted(found)]).sigmoid()  # [layer, row, 2]
+        for kind, name in enumerate(("text", "vision")):
+            print(f"\n{args.model}, {arm}, budget {args.budget}, seed {args.seed}: {name}\n")
+            print("| hop | " + " | ".join(map(str, sorted(found))) + " | mean |")
+            print("|---" * (len(found) + 2) + "|")
+            for row in (row for row in range(rates.shape[1]) if row != 1):  # row 1 serves no hop
+                hop = "all" if rates.shape[1] == 1 else ("0, 1" if row == 0 else str(row))
+                values = [*rates[:, row, kind].tolist(), rates[:, row, kind].mean().item()]
+                print(f"| {hop} | " + " | ".join(f"{100 * rate:.0f}" for rate in values) + " |")
+
+
+def show_results(args: argparse.Namespace) -> None:
+    """One table a task and split."""
+    lines = read(args.runs / "results.jsonl")
     mine = {
         key[1:3] + key[5:]: line
         for key, line in lines.items()
