@@ -77,7 +77,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "rate_margin": 0.1,
         },
         "dare": {"max_hops": 4},
-        "budgets": {"paper": (0.4, 0.7), "lean": (0.3, 0.6)},
+        "budgets": {"paper": (0.4, 0.7), "lean": (0.3, 0.6), "matched": (0.28, 0.57)},
     },
 }
 CALIBRATE = 16
@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("command", choices=["train", "evaluate"])
     parser.add_argument("--model", choices=list(MODELS), required=True)
     parser.add_argument("--arm", required=True, choices=[*ARMS, "safe", "calibrated"])
-    parser.add_argument("--budget", choices=["paper", "lean"], default="paper")
+    parser.add_argument("--budget", choices=["paper", "lean", "matched"], default="paper")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs")
     parser.add_argument("--steps", type=int, help="another number of steps, for a trial")
