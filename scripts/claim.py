@@ -63,7 +63,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "rate_lr": 1e-2,
         },
         "dare": {"max_hops": 6},
-        "budgets": {"paper": (0.4, 0.7), "lean": (0.25, 0.5)},
+        "budgets": {"paper": (0.4, 0.7), "lean": (0.25, 0.5), "matched": (0.21, 0.45)},
     },
     "volcano": {
         "recipe": {
