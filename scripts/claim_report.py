@@ -1,9 +1,11 @@
 """Tables of the router comparison, from what scripts/claim.py wrote.
 
     python scripts/claim_report.py runs --model anole --budget paper
+    python scripts/claim_report.py runs --model anole --budget paper --seeds
     python scripts/claim_report.py runs --model anole --budget paper --learned
 
-The first compares the arms on the same items, the second shows what each arm learned.
+The first compares the arms on the same items, the second shows every seed, the third what each arm
+learned.
 """
 
 from __future__ import annotations
@@ -53,9 +55,38 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--budget", default="paper")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--learned", action="store_true", help="rates by hop, layer and modality")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--seeds", action="store_true", help="every seed, and their means")
+    kind.add_argument("--learned", action="store_true", help="rates by hop, layer and modality")
     args = parser.parse_args()
-    show_learned(args) if args.learned else show_results(args)
+    show = show_learned if args.learned else show_seeds if args.seeds else show_results
+    show(args)
+
+
+def show_seeds(args: argparse.Namespace) -> None:
+    """Accuracy (and KV) of each seed in per cent: one table a task and split."""
+    found: dict[tuple, dict[str, dict[int, dict[str, Any]]]] = {}
+    for key, line in read(args.runs / "results.jsonl").items():
+        model, arm, change, budget, seed, *where = key
+        if model == args.model and budget in (args.budget, "full") and change is None:
+            found.setdefault(tuple(where), {}).setdefault(arm, {})[seed] = line
+    for (task, split), arms in sorted(found.items()):
+        seeds = sorted({seed for lines in arms.values() for seed in lines})
+        print(f"\n{args.model}, {task}, {split}, budget {args.budget}: right % (KV %)\n")
+        print("| arm | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean |")
+        print("|---" * (len(seeds) + 2) + "|")
+        for arm, lines in sorted(arms.items(), key=lambda item: _rank(item[0])):
+            cells = [_right_and_kv([lines[seed]]) if seed in lines else "" for seed in seeds]
+            print(f"| {arm} | " + " | ".join((*cells, _right_and_kv(list(lines.values())))) + " |")
+
+
+def _right_and_kv(lines: list[dict[str, Any]]) -> str:
+    kv = np.mean([line["kv_ratio"] for line in lines])
+    return f"{share(np.mean([right(line).mean() for line in lines]))} ({share(kv)})"
+
+
+def _rank(arm: str) -> int:
+    return ORDER.index(arm) if arm in ORDER else len(ORDER)
 
 
 def show_learned(args: argparse.Namespace) -> None:
@@ -92,9 +123,8 @@ def show_results(args: argparse.Namespace) -> None:
         print("|---|---|---|---|---|---|---|")
         rows = {key[:2]: line for key, line in mine.items() if key[2:] == (task, split)}
         full, best = rows.get(("full", None)), rows.get(("dare_lh", None))
-        rank = {name: place for place, name in enumerate(ORDER)}
         for (arm, change), line in sorted(
-            rows.items(), key=lambda kv: (rank.get(kv[0][0], 9), kv[0][0], kv[0][1] or "")
+            rows.items(), key=lambda kv: (_rank(kv[0][0]), kv[0][0], kv[0][1] or "")
         ):
             marks = right(line)
             low, high = wilson(float(marks.mean()), len(marks))
