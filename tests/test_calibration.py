@@ -12,7 +12,7 @@ from peft import PeftModel
 from dare_hf import DareConfig, apply_dare, dare_disabled, last_report
 from dare_hf.calibration import fit_router
 from dare_hf.calibration.continuation import continued
-from dare_hf.calibration.rates import TRIED_RATES
+from dare_hf.calibration.rates import TRIED_RATES, _shares
 from dare_hf.errors import DareConfigError, DareInputError, DareStateError
 from dare_hf.testing import tiny_model
 
@@ -258,6 +258,20 @@ def test_a_later_hop_costs_no_more_than_all_hops():
     for layer in range(2):
         late, whole = by_hop["vision"][3][layer][last], together["vision"][0][layer][last]
         assert 0 < late < whole
+
+
+def test_every_hop_of_a_sequence_counts_alike():
+    """Six tokens in hops of four and of two; another row has two hops of one token."""
+    model = tiny_model("llava", layers=2)
+    controller = apply_dare(model)._dare.controller
+    batch = {
+        "input_ids": torch.full((2, 8), 50),
+        "attention_mask": torch.ones(2, 8, dtype=torch.long),
+        "hop_ids": torch.tensor([[0, 0, 1, 1, 1, 1, 2, 2], [0, 0, 0, 0, 0, 0, 1, 2]]),
+    }
+    batch["labels"] = torch.where(batch["hop_ids"] > 0, batch["input_ids"], -100)
+    found = _shares(controller, batch)
+    assert found.tolist() == [*[0.125] * 4, 0.25, 0.25, 0.5, 0.5]
 
 
 def test_tried_rates_fall():

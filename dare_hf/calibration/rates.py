@@ -11,6 +11,7 @@ from transformers.utils import logging
 from dare_hf.apply import dare_disabled
 from dare_hf.calibration.budgets import spread_budget
 from dare_hf.routing.kinds import TEXT, VISION
+from dare_hf.simulation.layout import read_layout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,8 +36,9 @@ class RateCosts:
     Attributes:
         weights: Per row of the rate table, the share of the batches' hops that it serves; they sum
             to 1. A row of weight 0 was not tried.
-        divergence: `["vision" | "text"][row][layer][rate]`: mean KL (nats per token) of the
-            continuation at each of TRIED_RATES; an empty list for a row that was not tried.
+        divergence: `["vision" | "text"][row][layer][rate]`: KL (nats per token) of the continuation
+            at each of TRIED_RATES, the mean over the tokens of a hop, then over the hops of a
+            sequence, then over sequences; an empty list for a row that was not tried.
     """
 
     weights: list[float]
@@ -57,6 +59,8 @@ def measure_costs(
     with torch.no_grad():
         with dare_disabled(model):
             plain = [_predictions(model, batch) for batch in batches]
+        shares = [_shares(controller, batch) for batch in batches]
+        rows = sum(len(batch["labels"]) for batch in batches)
         _set_rates(routers, {})
         weights = _row_weights(model, controller, routers[0], batches)
         costs: dict[str, list[list[list[float]]]] = {}
@@ -66,8 +70,8 @@ def measure_costs(
                 found = []
                 for rate in TRIED_RATES[kind]:
                     _set_rates(routers, {(row, layer, kind): rate})
-                    pairs = zip(batches, plain, strict=True)
-                    found.append(sum(_divergence(model, *pair) for pair in pairs) / len(batches))
+                    given = zip(batches, plain, shares, strict=True)
+                    found.append(sum(_divergence(model, *one) for one in given) / rows)
                 costs[name][row].append(found)
                 logger.info("fit_router: row %s layer %s %s: %s", row, layer, name, found)
     return RateCosts(weights, costs)
@@ -140,9 +144,29 @@ def _predictions(model: Any, batch: Mapping[str, Any]) -> Tensor:
     return logits[supervised.to(logits.device)].float().log_softmax(-1).clamp(min=-1e4)
 
 
-def _divergence(model: Any, batch: Mapping[str, Any], plain: Tensor) -> float:
+def _shares(controller: Controller, batch: Mapping[str, Any]) -> Tensor:
+    """Float32[n] of the supervised positions; those of a row's hop, and its hops, count alike.
+
+    A row sums to 1. A mean over all tokens would hear nothing of a short answer beside a drawn
+    picture, though the answer is what the picture is for.
+    """
+    labels = batch["labels"]
+    real = batch["attention_mask"].bool()
+    hop_ids = batch.get("hop_ids")
+    hop = read_layout(batch.get("input_ids"), labels, hop_ids, real, controller.rules).hop[:, 1:]
+    supervised = (labels[:, 1:] != -100).cpu()
+    group = torch.nn.functional.one_hot(hop.long()) * supervised[..., None]
+    counts = group.sum(1)  # [rows, hops]
+    hops = (counts > 0).sum(1, keepdim=True).clamp(min=1)
+    each = 1.0 / (counts.clamp(min=1) * hops)
+    return each.gather(1, hop.long())[supervised]
+
+
+def _divergence(model: Any, batch: Mapping[str, Any], plain: Tensor, shares: Tensor) -> float:
+    """KL of the predictions to the plain ones, summed over the batch's rows."""
     pruned = _predictions(model, batch)
-    return float((plain.exp() * (plain - pruned)).sum(-1).mean().clamp(min=0))
+    kl = (plain.exp() * (plain - pruned)).sum(-1)
+    return float((kl * shares.to(kl)).sum().clamp(min=0))
 
 
 def _set_rates(routers: Sequence[Router], rates: Mapping[tuple[int, int, int], float]) -> None:
