@@ -12,7 +12,7 @@ from peft import PeftModel
 from dare_hf import DareConfig, apply_dare, dare_disabled, last_report
 from dare_hf.calibration import fit_router
 from dare_hf.calibration.continuation import continued
-from dare_hf.calibration.rates import TRIED_RATES, _shares
+from dare_hf.calibration.rates import TRIED_RATES, RateFit, _shares
 from dare_hf.errors import DareConfigError, DareInputError, DareStateError
 from dare_hf.testing import tiny_model
 
@@ -56,7 +56,7 @@ def test_rates_meet_the_budget_and_the_costlier_layers_keep_more(fitted):
     assert sum(text) / len(text) == pytest.approx(config.text_retention, abs=1e-6)
     assert details.costs.weights == [1.0, *[0.0] * (config.max_hops - 1)]  # no delimiter: one row
     assert details.rates[1:] == [details.rates[0]] * (config.max_hops - 1)
-    costs = [row[-1] for row in details.costs.divergence["vision"][0]]
+    costs = [row[-1] for row in details.costs.layers["vision"]]
     assert vision[costs.index(max(costs))] == max(vision)
     model = routed.get_base_model()
     model(**inputs_of(model, (1,), pixels=True))  # rates are read at the next forward
@@ -224,12 +224,16 @@ def test_rates_by_hop_meet_the_budget_over_the_hops_there_are(hop_aware):
     costs, rates = found[0].costs, found[0].rates
     if not hop_aware:
         assert costs.weights == [1.0]
+        assert costs.hops == {"vision": [], "text": []}
         assert len(rates) == 1
         return
     assert costs.weights == pytest.approx([0.5, 0, 0.25, 0.25, 0])
+    assert costs.budgets["vision"] == pytest.approx([0.8, 0.625, 0.5, 0.375, 0.25])
+    assert costs.budgets["text"] == pytest.approx([1.0, 0.875, 0.7, 0.525, 0.4])
     for name in ("vision", "text"):
-        tried = [len(row) for row in costs.divergence[name]]
-        assert tried == [2, 0, 2, 2, 0]
+        assert [len(row) for row in costs.hops[name]] == [5, 0, 5, 5, 0]
+        at_target = {row[2] for row in costs.hops[name] if row}
+        assert len(at_target) == 1  # the same rates everywhere
     mean = sum(
         weight * sum(vision for vision, _ in row) / 2
         for weight, row in zip(costs.weights, rates, strict=True)
@@ -242,22 +246,26 @@ def test_rates_by_hop_meet_the_budget_over_the_hops_there_are(hop_aware):
     torch.testing.assert_close(torch.tensor(written), torch.tensor(rates), atol=1e-5, rtol=0)
 
 
-def test_a_later_hop_costs_no_more_than_all_hops():
-    """What hop 3 alone prunes at a layer is part of what pruning from the prompt on removes."""
+def test_the_dearest_hop_keeps_most(monkeypatch):
+    """Costs made up: only hops 2 mind, only vision; the budget goes there, the mean stays."""
     model = tiny_model("llava", layers=2)
-    batches = hop_rows(batches_of(model, 2), 3)
-    found = {}
-    for hop_aware in (True, False):
-        config = DareConfig(scorer="router", schedule="learned", max_hops=4, hop_aware=hop_aware)
-        fresh = copy.deepcopy(model)
-        fit_router(
-            fresh, batches, config, details=lambda it, key=hop_aware: found.update({key: it})
-        )
-    by_hop, together = found[True].costs.divergence, found[False].costs.divergence
-    last = TRIED_RATES[1].index(min(TRIED_RATES[1]))
-    for layer in range(2):
-        late, whole = by_hop["vision"][3][layer][last], together["vision"][0][layer][last]
-        assert 0 < late < whole
+    config = DareConfig(scorer="router", schedule="learned", max_hops=4, vision_retention=0.5)
+    found = []
+
+    def cost(self, rates):
+        kept = [rates.get((2, layer, 1), 1.0) for layer in range(2)]
+        return 10.0 - sum(kept)
+
+    monkeypatch.setattr(RateFit, "_cost", cost)
+    fit_router(model, hop_rows(batches_of(model, 1), 3), config, details=found.append)
+    vision = [sum(vision for vision, _ in row) / 2 for row in found[0].rates]
+    assert vision[2] == pytest.approx(0.8)  # 1.6 targets, the most that was tried
+    assert 0.5 * vision[0] + 0.25 * vision[2] + 0.25 * vision[3] == pytest.approx(0.5)
+    assert vision[0] < 0.5
+    text = [sum(text for _, text in row) / 2 for row in found[0].rates]
+    assert sum(w * r for w, r in zip(found[0].costs.weights, text, strict=True)) == pytest.approx(
+        0.7
+    )
 
 
 def test_every_hop_of_a_sequence_counts_alike():

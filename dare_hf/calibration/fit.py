@@ -13,7 +13,7 @@ from dare_hf.apply import dare_disabled
 from dare_hf.calibration.budgets import measure_cut_layer
 from dare_hf.calibration.continuation import continued
 from dare_hf.calibration.observe import Tokens, watching
-from dare_hf.calibration.rates import RateCosts, measure_costs, write_rates
+from dare_hf.calibration.rates import RateCosts, RateFit
 from dare_hf.calibration.ridge import CrossFitted
 from dare_hf.config import DareConfig
 from dare_hf.errors import DareConfigError, DareInputError, DareStateError
@@ -46,7 +46,7 @@ class Calibration:
             explains on prompts it was not fitted to; 0 or less means nothing was learned.
         vision_shares: Per layer, share of its attention that text puts on vision.
         cut_layer: The first layer where that share falls under half its maximum.
-        costs: What pruning one layer at one hop costs; None where rates are not learned.
+        costs: What pruning a layer, and a hop, costs; None where rates are not learned.
         rates: `[row][layer]` rates (vision, text), the rows of the rate table: one for DARE-L,
             else row 0 for hops 0 and 1 and row h for a later hop h; None where not learned.
         tokens: Tokens the routers were fitted to, by modality name, in the layer that saw most.
@@ -138,9 +138,9 @@ def _fit(
     costs, rates = None, None
     hop_shares = [1.0]
     if config.learns_rates:
-        costs = measure_costs(routed, controller, _routers(controller), complete)
         targets = {VISION: config.vision_retention, TEXT: config.text_retention}
-        rates = write_rates(_routers(controller), costs, targets)
+        fit = RateFit(routed, controller, _routers(controller), complete, targets)
+        costs, rates = fit.run()
         hop_shares = costs.weights
     _centre_scores(controller, fits, hop_shares)
     return Calibration(explained, shares, cut, costs, rates, counts)

@@ -1,8 +1,9 @@
-"""Rates by hop, layer and modality: what each costs alone, and a budget spread over them."""
+"""Rates by hop, layer and modality: what pruning costs, and a budget spread over it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from dare_hf.routing.kinds import TEXT, VISION
 from dare_hf.simulation.layout import read_layout
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -23,99 +24,164 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger("dare_hf")
 
-# Rates tried at one place while all others keep everything, falling.
+# Rates tried in one layer while all others keep everything, falling.
 TRIED_RATES = {VISION: (0.6, 0.35, 0.15, 0.04), TEXT: (0.8, 0.6, 0.4)}
+# Budgets tried at the hops of one row while all others have the target, in targets, falling.
+_TRIED_BUDGETS = (1.6, 1.25, 1.0, 0.75, 0.5)
 _NAMES = {VISION: "vision", TEXT: "text"}
 _ALL = 30.0  # a rate logit that keeps every token
+
+Profile = dict[tuple[int, int, int], float]  # rate of (row, layer, modality)
 
 
 @dataclass(frozen=True)
 class RateCosts:
-    """What pruning one place alone does to the model's predictions.
+    """What pruning does to the model's predictions, layer by layer and hop by hop.
+
+    A cost is the KL (nats per token) of the continuation: the mean over the tokens of a hop, then
+    over the hops of a sequence, then over sequences.
 
     Attributes:
         weights: Per row of the rate table, the share of the batches' hops that it serves; they sum
-            to 1. A row of weight 0 was not tried.
-        divergence: `["vision" | "text"][row][layer][rate]`: KL (nats per token) of the continuation
-            at each of TRIED_RATES, the mean over the tokens of a hop, then over the hops of a
-            sequence, then over sequences; an empty list for a row that was not tried.
+            to 1.
+        layers: `["vision" | "text"][layer][rate]`: one layer alone, at all hops, at each of
+            TRIED_RATES.
+        budgets: `["vision" | "text"]`: mean rates tried at the hops of one row, falling; empty
+            where one row serves all hops.
+        hops: `["vision" | "text"][row][budget]`: the hops of one row at each of `budgets`, all
+            other hops and the other modality at their targets; empty for a row that serves none.
     """
 
     weights: list[float]
-    divergence: dict[str, list[list[list[float]]]]
+    layers: dict[str, list[list[float]]]
+    budgets: dict[str, list[float]]
+    hops: dict[str, list[list[float]]]
 
 
-def measure_costs(
-    model: Any, controller: Controller, routers: Sequence[Router], batches: list[dict[str, Any]]
-) -> RateCosts:
-    """Prune one modality in one layer at the hops of one row, for each tried rate in turn.
+class RateFit:
+    """Measures what rates cost, and writes those of least cost into the routers.
+
+    Layers first, each alone; that gives the layers' rates for any mean rate. Then hops, at the
+    target, where what the layers cost together is already in: each row of the rate table gets a
+    mean rate of its own, and the layers' rates that belong to it.
 
     Args:
         model: The routed model; its rates are overwritten.
         controller: Its controller.
         routers: Its routers, one per layer.
         batches: Complete sequences with labels, as `continued` returns them.
+        targets: Mean rate of each modality over hops and layers.
     """
-    with torch.no_grad():
-        with dare_disabled(model):
-            plain = [_predictions(model, batch) for batch in batches]
-        shares = [_shares(controller, batch) for batch in batches]
-        rows = sum(len(batch["labels"]) for batch in batches)
-        _set_rates(routers, {})
-        weights = _row_weights(model, controller, routers[0], batches)
-        costs: dict[str, list[list[list[float]]]] = {}
+
+    def __init__(
+        self,
+        model: Any,
+        controller: Controller,
+        routers: Sequence[Router],
+        batches: list[dict[str, Any]],
+        targets: Mapping[int, float],
+    ) -> None:
+        self.model, self.routers, self.batches, self.targets = model, routers, batches, targets
+        with torch.no_grad():
+            with dare_disabled(model):
+                self._plain = [_predictions(model, batch) for batch in batches]
+            self._shares = [_shares(controller, batch) for batch in batches]
+            self.weights = _row_weights(model, controller, routers[0], batches)
+        self._rows = range(len(self.weights))
+        self._layers = range(len(routers))
+
+    def run(self) -> tuple[RateCosts, list[list[tuple[float, float]]]]:
+        """Measure, and write; returns the costs and `[row][layer]` rates (vision, text)."""
+        layers = {name: self._layer_costs(kind) for kind, name in _NAMES.items()}
+        profile = {
+            kind: partial(spread_budget, TRIED_RATES[kind], layers[name])
+            for kind, name in _NAMES.items()
+        }
+        even: Profile = {}
+        for kind, target in self.targets.items():
+            even |= self._profile(kind, profile[kind](target), self._rows)
+        rates, budgets, hops = dict(even), {}, {}
         for kind, name in _NAMES.items():
-            costs[name] = [[] for _ in weights]
-            for row, layer in _places(weights, len(routers)):
-                found = []
-                for rate in TRIED_RATES[kind]:
-                    _set_rates(routers, {(row, layer, kind): rate})
-                    given = zip(batches, plain, shares, strict=True)
-                    found.append(sum(_divergence(model, *one) for one in given) / rows)
-                costs[name][row].append(found)
-                logger.info("fit_router: row %s layer %s %s: %s", row, layer, name, found)
-    return RateCosts(weights, costs)
+            budgets[name], hops[name] = self._hop_costs(kind, profile[kind], even)
+            for row, budget in self._spread(kind, budgets[name], hops[name]).items():
+                rates |= self._profile(kind, profile[kind](budget), [row])
+        _set_rates(self.routers, rates)
+        table = [
+            [(rates[row, layer, VISION], rates[row, layer, TEXT]) for layer in self._layers]
+            for row in self._rows
+        ]
+        return RateCosts(self.weights, layers, budgets, hops), table
 
+    def _profile(self, kind: int, rates: Sequence[float], rows: Iterable[int]) -> Profile:
+        return {(row, layer, kind): rates[layer] for row in rows for layer in self._layers}
 
-def write_rates(
-    routers: Sequence[Router], costs: RateCosts, targets: Mapping[int, float]
-) -> list[list[tuple[float, float]]]:
-    """Give the routers the rates of least summed cost whose mean over hops and layers is a target.
+    def _layer_costs(self, kind: int) -> list[list[float]]:
+        costs = []
+        for layer in self._layers:
+            alone = [
+                dict.fromkeys(((row, layer, kind) for row in self._rows), rate)
+                for rate in TRIED_RATES[kind]
+            ]
+            costs.append([self._cost(rates) for rates in alone])
+            logger.info("fit_router: layer %s %s costs %s", layer, _NAMES[kind], costs[-1])
+        return costs
 
-    A row that was not tried gets the rates of the tried row before it.
+    def _hop_costs(
+        self, kind: int, profile: Callable[[float], list[float]], even: Profile
+    ) -> tuple[list[float], list[list[float]]]:
+        """The budgets that were tried, and what each costs at the hops of each row."""
+        served = [row for row in self._rows if self.weights[row]]
+        if len(served) == 1:
+            return [], []
+        target, low = self.targets[kind], TRIED_RATES[kind][-1]
+        tried = {min(max(target * factor, low), 1.0) for factor in _TRIED_BUDGETS}
+        budgets = sorted(tried, reverse=True)
+        at_target = self._cost(even)
+        costs: list[list[float]] = [[] for _ in self._rows]
+        for row in served:
+            for budget in budgets:
+                changed = even | self._profile(kind, profile(budget), self._row_and_unserved(row))
+                costs[row].append(at_target if budget == target else self._cost(changed))
+            logger.info("fit_router: row %s %s costs %s", row, _NAMES[kind], costs[row])
+        return budgets, costs
 
-    Args:
-        routers: One per layer.
-        costs: What `measure_costs` found.
-        targets: Mean rate of each modality.
+    def _spread(
+        self, kind: int, budgets: list[float], costs: list[list[float]]
+    ) -> dict[int, float]:
+        """The mean rate of each row."""
+        if not budgets:
+            return {}
+        served = [row for row in self._rows if self.weights[row]]
+        top = budgets[0]
+        found = spread_budget(
+            [budget / top for budget in budgets[1:]],
+            [[cost - costs[row][0] for cost in costs[row][1:]] for row in served],
+            self.targets[kind] / top,
+            [self.weights[row] for row in served],
+        )
+        return {
+            copy: top * budget
+            for row, budget in zip(served, found, strict=True)
+            for copy in self._row_and_unserved(row)
+        }
 
-    Returns:
-        `[row][layer]` rates (vision, text).
-    """
-    layers = len(routers)
-    places = _places(costs.weights, layers)
-    weights = [costs.weights[row] for row, _ in places]
-    rates: dict[tuple[int, int, int], float] = {}
-    for kind, name in _NAMES.items():
-        flat = [costs.divergence[name][row][layer] for row, layer in places]
-        spread = spread_budget(TRIED_RATES[kind], flat, targets[kind], weights)
-        rates |= {(*place, kind): rate for place, rate in zip(places, spread, strict=True)}
-    source = 0
-    for row, weight in enumerate(costs.weights):
-        source = row if weight else source
-        for layer in range(layers):
-            for kind in _NAMES:
-                rates[row, layer, kind] = rates[source, layer, kind]
-    _set_rates(routers, rates)
-    return [
-        [(rates[row, layer, VISION], rates[row, layer, TEXT]) for layer in range(layers)]
-        for row in range(len(costs.weights))
-    ]
+    def _row_and_unserved(self, row: int) -> list[int]:
+        """A row, and those after it that serve no hop of the batches: they copy it."""
+        rows = [row]
+        for after in self._rows[row + 1 :]:
+            if self.weights[after]:
+                break
+            rows.append(after)
+        return rows
 
-
-def _places(weights: Sequence[float], layers: int) -> list[tuple[int, int]]:
-    """(row, layer) of the rows that serve a hop."""
-    return [(row, layer) for row, weight in enumerate(weights) if weight for layer in range(layers)]
+    def _cost(self, rates: Profile) -> float:
+        """Of these rates, all others keeping everything."""
+        _set_rates(self.routers, rates)
+        total = 0.0
+        with torch.no_grad():
+            for batch, plain, shares in zip(self.batches, self._plain, self._shares, strict=True):
+                total += _divergence(self.model, batch, plain, shares)
+        return total / sum(len(batch["labels"]) for batch in self.batches)
 
 
 def _row_weights(
@@ -169,7 +235,7 @@ def _divergence(model: Any, batch: Mapping[str, Any], plain: Tensor, shares: Ten
     return float((kl * shares.to(kl)).sum().clamp(min=0))
 
 
-def _set_rates(routers: Sequence[Router], rates: Mapping[tuple[int, int, int], float]) -> None:
+def _set_rates(routers: Sequence[Router], rates: Profile) -> None:
     """Write rates of (row, layer, modality); all others keep everything."""
     with torch.no_grad():
         for layer, router in enumerate(routers):
