@@ -175,11 +175,6 @@ def test_shipped_adapters_are_found_by_name(shipped) -> None:
         assets.adapter_path("dare-huge", "dare-lh")
 
 
-def _shipped_for_real() -> list[tuple[str, str]]:
-    models = ("dare-tiny-anole", "dare-tiny-volcano")
-    return [(model, name) for model in models for name in assets.adapter_names(model)]
-
-
 def _assert_says_how_it_was_made(folder: Path) -> None:
     for file in ("recipe.yaml", "training_log.jsonl", "dare/adapter_model.safetensors"):
         assert (folder / file).is_file(), f"{file} is missing beside the weights"
@@ -191,7 +186,8 @@ def _assert_says_how_it_was_made(folder: Path) -> None:
     assert load_recipe(folder / "recipe.yaml").task
 
 
-@pytest.mark.parametrize(("model", "name"), _shipped_for_real())
+@pytest.mark.parametrize("name", ["dare-l", "dare-lh"])
+@pytest.mark.parametrize("model", ["dare-tiny-anole", "dare-tiny-volcano"])
 def test_what_is_shipped_says_how_it_was_made_and_fits(model: str, name: str) -> None:
     folder = assets.adapter_path(model, name)
     _assert_says_how_it_was_made(folder)
