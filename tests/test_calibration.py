@@ -12,7 +12,7 @@ from peft import PeftModel
 from dare_hf import DareConfig, apply_dare, dare_disabled, last_report
 from dare_hf.calibration import fit_router
 from dare_hf.calibration.continuation import continued
-from dare_hf.calibration.rates import TRIED_RATES, RateFit, _shares
+from dare_hf.calibration.rates import TRIED_RATES, RateFit, _hops, _shares
 from dare_hf.errors import DareConfigError, DareInputError, DareStateError
 from dare_hf.testing import tiny_model
 
@@ -212,10 +212,11 @@ def hop_rows(batches, hops):
     return batches
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 @pytest.mark.parametrize("hop_aware", [True, False])
-def test_rates_by_hop_meet_the_budget_over_the_hops_there_are(hop_aware):
-    """Three hops and a prompt, four rows: hops 0 and 1 share one, row 1 and row 4 serve none."""
-    model = tiny_model("llava", layers=2)
+def test_rates_by_hop_meet_the_budget_over_the_hops_there_are(name, hop_aware):
+    """Three hops and a prompt, left-padded: hops 0 and 1 share a row, rows 1 and 4 serve none."""
+    model = tiny_model(name, layers=2)
     config = DareConfig(
         scorer="router", schedule="learned", max_hops=5, hop_aware=hop_aware, vision_retention=0.5
     )
@@ -268,6 +269,26 @@ def test_the_dearest_hop_keeps_most(monkeypatch):
     )
 
 
+def test_hops_are_weighed_as_the_losses_weigh_them_and_whole_text_is_not_tried():
+    model = tiny_model("llava", layers=2)
+    batches = hop_rows(batches_of(model, 2), 3)
+    batches[1]["hop_ids"] = batches[1]["hop_ids"].clamp(max=1)  # a prompt and one hop
+    config = DareConfig(scorer="router", schedule="learned", max_hops=4, text_retention=1.0)
+    found = []
+    routed = fit_router(model, batches, config, details=found.append)
+    costs = found[0].costs
+    assert costs.budgets["text"] == costs.hops["text"] == []
+    assert {text for row in found[0].rates for _, text in row} == {1.0}
+    wanted = torch.zeros(4)
+    for batch in batches:
+        routed(**batch)
+        present = model._dare.controller.record.seen.any(-1).float()
+        shares = present / present.sum(1, keepdim=True) / 4
+        for hop, share in enumerate(shares.sum(0)):
+            wanted[0 if hop <= 1 else hop] += share
+    assert costs.weights == pytest.approx(wanted.tolist())
+
+
 def test_every_hop_of_a_sequence_counts_alike():
     """Six tokens in hops of four and of two; another row has two hops of one token."""
     model = tiny_model("llava", layers=2)
@@ -278,7 +299,7 @@ def test_every_hop_of_a_sequence_counts_alike():
         "hop_ids": torch.tensor([[0, 0, 1, 1, 1, 1, 2, 2], [0, 0, 0, 0, 0, 0, 1, 2]]),
     }
     batch["labels"] = torch.where(batch["hop_ids"] > 0, batch["input_ids"], -100)
-    found = _shares(controller, batch)
+    found = _shares(batch, _hops(controller, batch))
     assert found.tolist() == [*[0.125] * 4, 0.25, 0.25, 0.5, 0.5]
 
 

@@ -47,7 +47,7 @@ class RateCosts:
         layers: `["vision" | "text"][layer][rate]`: one layer alone, at all hops, at each of
             TRIED_RATES.
         budgets: `["vision" | "text"]`: mean rates tried at the hops of one row, falling; empty
-            where one row serves all hops.
+            where one row serves all hops, or nothing is pruned.
         hops: `["vision" | "text"][row][budget]`: the hops of one row at each of `budgets`, all
             other hops and the other modality at their targets; empty for a row that serves none.
     """
@@ -82,11 +82,11 @@ class RateFit:
         targets: Mapping[int, float],
     ) -> None:
         self.model, self.routers, self.batches, self.targets = model, routers, batches, targets
-        with torch.no_grad():
-            with dare_disabled(model):
-                self._plain = [_predictions(model, batch) for batch in batches]
-            self._shares = [_shares(controller, batch) for batch in batches]
-            self.weights = _row_weights(model, controller, routers[0], batches)
+        with torch.no_grad(), dare_disabled(model):
+            self._plain = [_predictions(model, batch) for batch in batches]
+        hops = [_hops(controller, batch) for batch in batches]
+        self._shares = [_shares(*pair) for pair in zip(batches, hops, strict=True)]
+        self.weights = _row_weights(routers[0], batches, hops)
         self._rows = range(len(self.weights))
         self._layers = range(len(routers))
 
@@ -131,9 +131,9 @@ class RateFit:
     ) -> tuple[list[float], list[list[float]]]:
         """The budgets that were tried, and what each costs at the hops of each row."""
         served = [row for row in self._rows if self.weights[row]]
-        if len(served) == 1:
-            return [], []
         target, low = self.targets[kind], TRIED_RATES[kind][-1]
+        if len(served) == 1 or target == 1.0:
+            return [], []
         tried = {min(max(target * factor, low), 1.0) for factor in _TRIED_BUDGETS}
         budgets = sorted(tried, reverse=True)
         at_target = self._cost(even)
@@ -184,23 +184,25 @@ class RateFit:
         return total / sum(len(batch["labels"]) for batch in self.batches)
 
 
+def _hops(controller: Controller, batch: Mapping[str, Any]) -> Tensor:
+    """Long[B, S] hop of each token, as a training forward reads it."""
+    ids, labels, hop_ids = batch.get("input_ids"), batch["labels"], batch.get("hop_ids")
+    real = batch["attention_mask"].bool()
+    return read_layout(ids, labels, hop_ids, real, controller.rules).hop.long()
+
+
 def _row_weights(
-    model: Any, controller: Controller, router: Router, batches: list[dict[str, Any]]
+    router: Router, batches: Sequence[Mapping[str, Any]], hops: Sequence[Tensor]
 ) -> list[float]:
     """Per row of the rate table the mean over sequences of its share of their hops."""
     totals = torch.zeros(router.rate_logits.shape[0], dtype=torch.float64)
-    count = 0
-    for batch in batches:
-        model(**batch)
-        record = controller.record
-        if record is None:  # every training forward leaves one
-            continue
-        present = record.seen.any(-1).cpu().double()
-        shares = present / present.sum(1, keepdim=True).clamp(min=1)
-        for hop, share in enumerate(shares.sum(0).tolist()):
-            totals[router.rate_row(hop)] += share
-        count += len(present)
-    return (totals / max(count, 1)).tolist()
+    for batch, hop in zip(batches, hops, strict=True):
+        real = batch["attention_mask"].bool().cpu()
+        for row, mine in zip(hop, real, strict=True):
+            present = row[mine].unique().tolist()
+            for number in present:
+                totals[router.rate_row(number)] += 1 / len(present)
+    return (totals / totals.sum().clamp(min=1)).tolist()
 
 
 def _predictions(model: Any, batch: Mapping[str, Any]) -> Tensor:
@@ -210,22 +212,18 @@ def _predictions(model: Any, batch: Mapping[str, Any]) -> Tensor:
     return logits[supervised.to(logits.device)].float().log_softmax(-1).clamp(min=-1e4)
 
 
-def _shares(controller: Controller, batch: Mapping[str, Any]) -> Tensor:
+def _shares(batch: Mapping[str, Any], hops: Tensor) -> Tensor:
     """Float32[n] of the supervised positions; those of a row's hop, and its hops, count alike.
 
     A row sums to 1. A mean over all tokens would hear nothing of a short answer beside a drawn
     picture, though the answer is what the picture is for.
     """
-    labels = batch["labels"]
-    real = batch["attention_mask"].bool()
-    hop_ids = batch.get("hop_ids")
-    hop = read_layout(batch.get("input_ids"), labels, hop_ids, real, controller.rules).hop[:, 1:]
-    supervised = (labels[:, 1:] != -100).cpu()
-    group = torch.nn.functional.one_hot(hop.long()) * supervised[..., None]
-    counts = group.sum(1)  # [rows, hops]
-    hops = (counts > 0).sum(1, keepdim=True).clamp(min=1)
-    each = 1.0 / (counts.clamp(min=1) * hops)
-    return each.gather(1, hop.long())[supervised]
+    hop = hops[:, 1:]
+    supervised = (batch["labels"][:, 1:] != -100).cpu()
+    counts = (torch.nn.functional.one_hot(hop) * supervised[..., None]).sum(1)  # [rows, hops]
+    present = (counts > 0).sum(1, keepdim=True).clamp(min=1)
+    each = 1.0 / (counts.clamp(min=1) * present)
+    return each.gather(1, hop)[supervised]
 
 
 def _divergence(model: Any, batch: Mapping[str, Any], plain: Tensor, shares: Tensor) -> float:
