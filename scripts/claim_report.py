@@ -128,9 +128,10 @@ def show_results(args: argparse.Namespace) -> None:
         ):
             marks = right(line)
             low, high = wilson(float(marks.mean()), len(marks))
+            few = "" if len(marks) >= 1000 else f", n = {len(marks)}"
             cells = [
                 f"{arm} {change or ''}".strip(),
-                f"{share(marks.mean())} ({share(low)}-{share(high)})",
+                f"{share(marks.mean())} ({share(low)}-{share(high)})" + few,
                 share(line["kv_ratio"]),
                 *(share(line["flops_ratio"][phase]) for phase in ("all", "prefill")),
                 against(full, line),
@@ -140,10 +141,15 @@ def show_results(args: argparse.Namespace) -> None:
 
 
 def against(base: dict[str, Any] | None, line: dict[str, Any]) -> str:
-    """Difference to `base` in points, its interval, p, and whether it is not inferior."""
+    """Difference to `base` in points, its interval, p, and whether it is not inferior.
+
+    Over the items that both have: of two samples of one seed the shorter is the longer's beginning.
+    """
     if base is None or base is line:
         return ""
-    found = compare_paired(right(base), right(line), margin=0.02)
+    left, mine = right(base), right(line)
+    common = min(len(left), len(mine))
+    found = compare_paired(left[:common], mine[:common], margin=0.02)
     low, high = found.interval
     verdict = ", not inferior" if found.not_inferior else ""
     spread = f"({100 * low:+.1f} to {100 * high:+.1f})"
