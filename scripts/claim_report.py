@@ -118,7 +118,7 @@ def show_results(args: argparse.Namespace) -> None:
     }
     for task, split in sorted({key[2:] for key in mine}):
         print(f"\n{args.model}, {task}, {split}, budget {args.budget}, seed {args.seed}\n")
-        names = ("arm", "right % (95 %)", "KV %", "FLOPs %", "prefill FLOPs %", "against full")
+        names = ("arm", "right % (95 %), n", "KV %", "FLOPs %", "prefill FLOPs %", "against full")
         print("| " + " | ".join((*names, "against DARE-LH")) + " |")
         print("|---|---|---|---|---|---|---|")
         rows = {key[:2]: line for key, line in mine.items() if key[2:] == (task, split)}
@@ -128,10 +128,9 @@ def show_results(args: argparse.Namespace) -> None:
         ):
             marks = right(line)
             low, high = wilson(float(marks.mean()), len(marks))
-            few = "" if len(marks) >= 1000 else f", n = {len(marks)}"
             cells = [
                 f"{arm} {change or ''}".strip(),
-                f"{share(marks.mean())} ({share(low)}-{share(high)})" + few,
+                f"{share(marks.mean())} ({share(low)}-{share(high)}), {len(marks)}",
                 share(line["kv_ratio"]),
                 *(share(line["flops_ratio"][phase]) for phase in ("all", "prefill")),
                 against(full, line),
@@ -147,6 +146,8 @@ def against(base: dict[str, Any] | None, line: dict[str, Any]) -> str:
     """
     if base is None or base is line:
         return ""
+    if base["items_seed"] != line["items_seed"]:
+        return "other items"
     left, mine = right(base), right(line)
     common = min(len(left), len(mine))
     found = compare_paired(left[:common], mine[:common], margin=0.02)
