@@ -315,8 +315,11 @@ def train(
     """Train routers, alone or with a LoRA, as a file says.
 
     The adapters are saved to `dare/` and `lora/` in the output folder, with the training log.
+    In several processes: torchrun --nproc_per_node 2 -m dare_hf.cli train --config FILE
     """
     with _one_line_errors():
+        from accelerate import PartialState
+
         from dare_hf import recipes
 
         folder = None if out is None else str(out)
@@ -325,8 +328,10 @@ def train(
             config, model=model, out=folder, steps=steps, load_in_4bit=quantised
         )
         result = recipes.train(recipe)
-        for name, place in result.folders.items():
-            typer.echo(f"{name}: {place}")
+        if PartialState().is_main_process:
+            for name, place in result.folders.items():
+                typer.echo(f"{name}: {place}")
+        PartialState().destroy_process_group()  # one still open at exit may abort the process
 
 
 if __name__ == "__main__":

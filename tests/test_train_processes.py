@@ -10,26 +10,52 @@ import torch
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parent / "train_two.py"
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+RECIPE = """
+model: volcano
+out: run
+task: scene
+steps: 2
+batch_size: 2
+dare: {vision_retention: 0.4, text_retention: 0.7, max_hops: 4}
+lora: {r: 4}
+"""
+
+
+def run_in(folder: Path, *command: str) -> str:
+    """What a command prints; it must end well."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     found = {}
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for count, name, command in ((1, "one", []), (2, "two", launch)):
+    for count, name, launch in ((1, "one", []), (2, "two", TWO)):
         out = tmp_path / f"{name}.safetensors"
-        done = subprocess.run(
-            [sys.executable, *command, str(SCRIPT), str(out)],
-            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=280,
-        )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        assert f"processes: {count}" in done.stdout
+        assert f"processes: {count}" in run_in(tmp_path, *launch, str(SCRIPT), str(out))
         found[name] = load_file(out)
     assert found["one"].keys() == found["two"].keys()
     assert len(found["one"]) > 12
     for key, tensor in found["one"].items():
         torch.testing.assert_close(found["two"][key], tensor, rtol=5e-4, atol=5e-5, msg=key)
+
+
+@pytest.mark.slow
+def test_a_recipe_runs_in_two_processes_and_one_of_them_writes(tmp_path):
+    (tmp_path / "run.yaml").write_text(RECIPE)
+    printed = run_in(tmp_path, *TWO, "-m", "dare_hf.cli", "train", "--config", "run.yaml")
+    assert [printed.count(f"{name}: run/{name}") for name in ("lora", "dare")] == [1, 1]
+    assert (tmp_path / "run" / "training_log.jsonl").read_text().count("train_runtime") == 1
+    for name in ("lora", "dare"):
+        saved = load_file(tmp_path / "run" / name / "adapter_model.safetensors")
+        assert saved
+        assert all(tensor.isfinite().all() for tensor in saved.values())

@@ -42,6 +42,7 @@ def main(out: str) -> None:
         numbers = {key: torch.tensor(logged[key]) for key in kept}
         print("processes:", trainer.accelerator.num_processes)
         save_file({**trained_parameters(model), **numbers}, out)
+    trainer.accelerator.end_training()  # a group still open at exit may abort the process
 
 
 if __name__ == "__main__":

@@ -51,6 +51,9 @@ class TrainingResult:
 def train(recipe: Recipe) -> TrainingResult:
     """Train routers, alone or with a LoRA, as a recipe says.
 
+    Under torchrun or `accelerate launch` each process takes `batch_size` rows a step; the first
+    one writes the folders, and the others return when it has.
+
     Args:
         recipe: The run.
 
@@ -79,11 +82,11 @@ def train(recipe: Recipe) -> TrainingResult:
         if recipe.calibrate and model._dare.controller.routers is not None:
             _calibrate(model, recipe, rows, collate)
         trainer.train()
-    folders = _save(model, recipe, out)
     log = trainer.state.log_history
-    with (out / "training_log.jsonl").open("w") as file:
-        for entry in ({"recipe": asdict(recipe)}, *log):
-            file.write(json.dumps(entry) + "\n")
+    folders = _save(model, recipe, out, write=trainer.is_world_process_zero())
+    if trainer.is_world_process_zero():
+        _write_log(recipe, log, out / "training_log.jsonl")
+    trainer.accelerator.wait_for_everyone()
     return TrainingResult(model.eval(), processor, folders, log)
 
 
@@ -189,19 +192,22 @@ def _collator(recipe: Recipe, model: Any, processor: Any) -> Any:
     return ResponseCollator(processor, vision_token_ids(model.config, config.image_token_ids))
 
 
-def _save(model: Any, recipe: Recipe, out: Path) -> dict[str, str]:
-    """Save each adapter in a folder of its own."""
-    folders = {}
+def _save(model: Any, recipe: Recipe, out: Path, write: bool) -> dict[str, str]:
+    """Save each adapter in a folder of its own, in the one process that is to `write`."""
     kinds = [LORA] if recipe.lora is not None else []
     if model._dare.controller.routers is not None:
         kinds.append(DARE)
     else:
         remove_dare(model)
-    active = list(kinds)
-    for name in kinds:
+    for name in kinds if write else ():
         model.set_adapter(name)  # transformers saves the active adapter only (5.23)
         model.save_pretrained(out / name)
-        folders[name] = str(out / name)
-    if active:
-        model.set_adapter(active)
-    return folders
+    if kinds:
+        model.set_adapter(kinds)
+    return {name: str(out / name) for name in kinds}
+
+
+def _write_log(recipe: Recipe, log: list[dict[str, Any]], file: Path) -> None:
+    """One JSON line each: the recipe, then what the Trainer logged."""
+    lines = [json.dumps(entry) for entry in ({"recipe": asdict(recipe)}, *log)]
+    file.write_text("\n".join(lines) + "\n")
