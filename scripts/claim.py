@@ -136,9 +136,15 @@ def run_training(args: argparse.Namespace) -> None:
         lora=None if args.router_only else LORA,
         seed=args.seed,
         calibrate=CALIBRATE,
-        **(MODELS[args.model]["recipe"] | ({"steps": args.steps} if args.steps else {})),
+        **(MODELS[args.model]["recipe"] | trial(args)),
     )
     train(recipe)
+
+
+def trial(args: argparse.Namespace) -> dict[str, Any]:
+    """What a trial asks of the recipe in place of the arms' common fields."""
+    asked = {name: getattr(args, name) for name in ("steps", "learning_rate")}
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def changed(args: argparse.Namespace, source: Path, target: Path) -> Path:
@@ -237,6 +243,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs")
     parser.add_argument("--steps", type=int, help="another number of steps, for a trial")
+    parser.add_argument("--learning_rate", type=float, help="another one of the LoRA, for a trial")
     parser.add_argument("--router_only", action="store_true", help="no LoRA: a frozen backbone")
     parser.add_argument("--change", choices=CHANGES, help="an intervention on DARE-LH")
     parser.add_argument("--tasks", default="")
