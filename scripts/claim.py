@@ -51,6 +51,8 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "dare_l": {"hop_aware": False},
     "dare_lh": {},
 }
+FITTED = {"calibrated": "dare_lh", "calibrated_l": "dare_l"}
+"""Arms that are fitted in closed form and not trained, and whose rates they have."""
 MODELS: dict[str, dict[str, Any]] = {
     "anole": {
         "recipe": {
@@ -179,8 +181,8 @@ def arm_of(args: argparse.Namespace, model: Any, processor: Any, scratch: Path) 
     ends = delimiters(args.model, processor)
     if args.arm == "safe":
         return Arm("safe", replace(safe_config(processor, args.model), hop_delimiters=ends))
-    if args.arm == "calibrated":
-        return trained_arm("calibrated", calibrated(args, model, processor, scratch / "fit"))
+    if args.arm in FITTED:
+        return trained_arm(args.arm, calibrated(args, model, processor, scratch / "fit"))
     where = folder(args)
     lora = None if args.router_only else where / "lora"
     if args.arm == "full":  # everything is kept, in a cache that does not copy itself each step
@@ -198,7 +200,8 @@ def arm_of(args: argparse.Namespace, model: Any, processor: Any, scratch: Path) 
 
 def calibrated(args: argparse.Namespace, model: Any, processor: Any, target: Path) -> Path:
     """Routers fitted in closed form on 32 training solutions, saved in `target`."""
-    fields = dare_fields(argparse.Namespace(**{**vars(args), "arm": "dare_lh"}), processor, 0.0)
+    like = argparse.Namespace(**{**vars(args), "arm": FITTED[args.arm]})
+    fields = dare_fields(like, processor, 0.0)
     config = DareConfig(scorer="router", schedule="learned", **(fields or {}))
     stream = TaskStream(MODELS[args.model]["recipe"]["task"], 32, args.seed)
     fitted = copy.deepcopy(model)
@@ -238,7 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=["train", "evaluate"])
     parser.add_argument("--model", choices=list(MODELS), required=True)
-    parser.add_argument("--arm", required=True, choices=[*ARMS, "safe", "calibrated"])
+    parser.add_argument("--arm", required=True, choices=[*ARMS, "safe", *FITTED])
     parser.add_argument("--budget", choices=["paper", "lean", "matched"], default="paper")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs")
