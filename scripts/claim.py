@@ -124,8 +124,14 @@ def vision_share(name: str) -> float:
 def folder(args: argparse.Namespace) -> Path:
     """Where an arm's adapters are."""
     budget = "full" if args.arm == "full" else args.budget
-    alone = "_router_only" if args.router_only else ""
-    return Path(args.out) / f"{args.model}_{args.arm}{alone}_{budget}_{args.seed}"
+    return Path(args.out) / f"{args.model}_{label(args)}_{budget}_{args.seed}"
+
+
+def label(args: argparse.Namespace) -> str:
+    """An arm's name in files and results; what is tried beside the arms has one of its own."""
+    alone = ["router_only"] if args.router_only else []
+    tried = [f"{field}_{value:g}" for field, value in trial(args).items()]
+    return "_".join([args.arm, *alone, *tried])
 
 
 def run_training(args: argparse.Namespace) -> None:
@@ -224,7 +230,7 @@ def run_evaluation(args: argparse.Namespace) -> None:
             result = measure(model, processor, TASKS[name], arm, items, batch_size=size)
             asked = ("model", "change", "budget", "seed", "items_seed")
             line = {
-                "arm": args.arm + ("_router_only" if args.router_only else ""),
+                "arm": label(args),
                 **{field: getattr(args, field) for field in asked},
                 "task": name,
                 "split": split,

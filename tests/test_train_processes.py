@@ -17,6 +17,7 @@ out: run
 task: scene
 steps: 2
 batch_size: 2
+calibrate: 2
 dare: {vision_retention: 0.4, text_retention: 0.7, max_hops: 4}
 lora: {r: 4}
 """
