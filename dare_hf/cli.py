@@ -321,6 +321,7 @@ def train(
         from accelerate import PartialState
 
         from dare_hf import recipes
+        from dare_hf.training import end_processes
 
         folder = None if out is None else str(out)
         quantised = True if load_in_4bit else None
@@ -331,7 +332,7 @@ def train(
         if PartialState().is_main_process:
             for name, place in result.folders.items():
                 typer.echo(f"{name}: {place}")
-        PartialState().destroy_process_group()  # one still open at exit may abort the process
+        end_processes()
 
 
 if __name__ == "__main__":

@@ -3,11 +3,16 @@
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from dare_hf.training import end_processes
 
 SCRIPT = Path(__file__).parent / "train_two.py"
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -35,6 +40,20 @@ def run_in(folder: Path, *command: str) -> str:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
+
+
+def test_ddp_ends_before_its_group():
+    """DDP in a cycle, as a Trainer leaves it: a group that ends before it hangs now and then."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    wrapped = DistributedDataParallel(torch.nn.Linear(2, 2))
+    wrapped.own = [wrapped]
+    open_when_it_ended = []
+    weakref.finalize(wrapped, lambda: open_when_it_ended.append(distributed.is_initialized()))
+    del wrapped
+    end_processes()
+    assert open_when_it_ended == [True]
+    assert not distributed.is_initialized()
+    end_processes()  # nothing to end
 
 
 @pytest.mark.slow

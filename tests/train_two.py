@@ -3,6 +3,7 @@
 python train_two.py OUT        # or: torchrun --nproc_per_node 2 train_two.py OUT
 """
 
+import gc
 import os
 import sys
 import warnings
@@ -10,11 +11,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))
 warnings.filterwarnings("ignore")
 
 from test_trainer import logs_of, routed_model, trained_parameters, trainer_of  # noqa: E402
+
+from dare_hf.training import end_processes  # noqa: E402
 
 IMAGES = (1, 2, 0, 0)
 """Of the rows in order: the second of two processes sees no image."""
@@ -42,8 +46,10 @@ def main(out: str) -> None:
         numbers = {key: torch.tensor(logged[key]) for key in kept}
         print("processes:", trainer.accelerator.num_processes)
         save_file({**trained_parameters(model), **numbers}, out)
-    trainer.accelerator.end_training()  # a group still open at exit may abort the process
 
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    end_processes()
+    left = [one for one in gc.get_objects() if type(one) is DistributedDataParallel]
+    sys.exit(f"DDP outlived its group: {left}" if left else 0)

@@ -1,6 +1,7 @@
 """Router training: the auxiliary losses, a Trainer that adds them, the temperature schedule."""
 
 from dare_hf.training.auxiliary import auxiliary_loss
+from dare_hf.training.processes import end_processes
 from dare_hf.training.schedule import TemperatureSchedule, cosine_temperature
 from dare_hf.training.trainer import DareTrainer, DareTrainerMixin
 
@@ -10,4 +11,5 @@ __all__ = [
     "TemperatureSchedule",
     "auxiliary_loss",
     "cosine_temperature",
+    "end_processes",
 ]
