@@ -8,7 +8,7 @@ EXTRAS := bitsandbytes trl datasets dill multiprocess pandas pyarrow xxhash
 OLDEST := 5.19.0
 OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,compat tiny_models laws_identity laws_oracle \
 	laws_padding laws_remove laws_bytes cache_in_hf generate_modes hop_loop hop_chat box_refocus interleaved \
-	peft_lifecycle peft_lora trainer conformance tiny_anole tiny_volcano))
+	peft_lifecycle peft_lora trainer checkpoints conformance tiny_anole tiny_volcano))
 
 .PHONY: demo test test-all test-extras test-oldest lint types arrows docs wheel ci
 

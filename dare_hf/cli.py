@@ -311,6 +311,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Instead of the file's folder.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Instead of the file's steps.")] = None,
     load_in_4bit: Annotated[bool, typer.Option(help="Load the backbone in nf4.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on from the folder's last checkpoint.")] = False,
 ) -> None:
     """Train routers, alone or with a LoRA, as a file says.
 
@@ -328,7 +329,7 @@ def train(
         recipe = recipes.load_recipe(
             config, model=model, out=folder, steps=steps, load_in_4bit=quantised
         )
-        result = recipes.train(recipe)
+        result = recipes.train(recipe, resume=resume)
         if PartialState().is_main_process:
             for name, place in result.folders.items():
                 typer.echo(f"{name}: {place}")

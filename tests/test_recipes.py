@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 from dare_hf import DareConfig, apply_dare
 from dare_hf.demo.embedded import load_embedded
-from dare_hf.errors import DareConfigError, DareInputError
+from dare_hf.errors import DareConfigError, DareInputError, DareStateError
 from dare_hf.recipes import Recipe, load_recipe, train
 from dare_hf.recipes.data import JsonLines, ResponseCollator, TaskStream
 from dare_hf.tasks import maze, mvot
@@ -142,6 +143,29 @@ def test_the_control_trains_a_lora_on_the_unpruned_model(tmp_path):
     )
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_where_it_was_stopped(tmp_path):
+    def adapters(folder, resume=False, **fields):
+        recipe = Recipe(
+            "volcano", str(folder), task=("scene",), steps=2, batch_size=2, lora={"r": 4}, **fields
+        )
+        done = train(recipe, resume=resume)
+        state = done.model.state_dict()
+        return {key: state[key] for key in state if "lora_" in key or "dare_" in key}
+
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    with pytest.raises(DareStateError, match="expected a checkpoint"):
+        adapters(stopped, resume=True)
+    wanted = adapters(whole, save_every=1)
+    shutil.copytree(whole / "checkpoint-1", stopped / "checkpoint-1")
+    found = adapters(stopped, resume=True)
+    assert wanted.keys() == found.keys()
+    for key, tensor in wanted.items():
+        torch.testing.assert_close(found[key], tensor, msg=key)
+    lines = (stopped / "training_log.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("step") for line in lines] == [None, 2, 2]
+
+
 def _ids(model, processor, items):
     return [solution.ids for solution in mvot.solve(model.eval(), processor, items)]
 
@@ -168,9 +192,10 @@ def test_calibration_comes_before_the_first_step(tmp_path):
     assert (vision - start).abs().max() > 0.3
 
 
-def test_calibrate_is_checked():
-    with pytest.raises(DareConfigError, match="calibrate: expected an integer >= 0; got -1"):
-        Recipe("anole", "out", task=("maze",), calibrate=-1)
+def test_numbers_are_checked():
+    for name in ("calibrate", "save_every"):
+        with pytest.raises(DareConfigError, match=f"{name}: expected an integer >= 0; got -1"):
+            Recipe("anole", "out", task=("maze",), **{name: -1})
     with pytest.raises(
         DareConfigError, match=r"rate_margin: expected a share in \(0, 0.5\); got 1"
     ):

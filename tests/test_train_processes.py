@@ -23,6 +23,7 @@ task: scene
 steps: 2
 batch_size: 2
 calibrate: 2
+save_every: 1
 dare: {vision_retention: 0.4, text_retention: 0.7, max_hops: 4}
 lora: {r: 4}
 """
@@ -76,6 +77,11 @@ def test_a_recipe_runs_in_two_processes_and_one_of_them_writes(tmp_path):
     assert [printed.count(f"{name}: run/{name}") for name in ("lora", "dare")] == [1, 1]
     assert (tmp_path / "run" / "training_log.jsonl").read_text().count("train_runtime") == 1
     for name in ("lora", "dare"):
-        saved = load_file(tmp_path / "run" / name / "adapter_model.safetensors")
-        assert saved
+        first, last, saved = (
+            load_file(tmp_path / "run" / place / name / "adapter_model.safetensors")
+            for place in ("checkpoint-1", "checkpoint-2", ".")
+        )
+        assert saved.keys() == last.keys() == first.keys()
         assert all(tensor.isfinite().all() for tensor in saved.values())
+        assert all(torch.equal(tensor, last[key]) for key, tensor in saved.items())
+        assert any(not torch.equal(tensor, first[key]) for key, tensor in saved.items())

@@ -81,16 +81,11 @@ class Recipe:
             )
         if unknown := sorted(set(names) - set(TASKS)):
             raise DareConfigError(f"task: expected some of {', '.join(TASKS)}; got {unknown}")
-        for name in ("steps", "batch_size", "accumulate"):
+        least = {"steps": 1, "batch_size": 1, "accumulate": 1, "calibrate": 0, "save_every": 0}
+        for name, low in least.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise DareConfigError(f"{name}: expected an integer >= 1; got {value!r}")
-        if (
-            not isinstance(self.calibrate, int)
-            or isinstance(self.calibrate, bool)
-            or self.calibrate < 0
-        ):
-            raise DareConfigError(f"calibrate: expected an integer >= 0; got {self.calibrate!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise DareConfigError(f"{name}: expected an integer >= {low}; got {value!r}")
         if not isinstance(self.rate_margin, float) or not 0 < self.rate_margin < 0.5:
             raise DareConfigError(
                 f"rate_margin: expected a share in (0, 0.5); got {self.rate_margin!r}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from dare_hf.adapters.registry import locate
 from dare_hf.apply import apply_dare, remove_dare
@@ -19,10 +20,12 @@ from dare_hf.assets import model_path
 from dare_hf.calibration import fit_router
 from dare_hf.config import DareConfig
 from dare_hf.demo.embedded import RUNNERS, runner_type
+from dare_hf.errors import DareStateError
 from dare_hf.generation.interleaved import allow_image_tokens
 from dare_hf.modality import vision_token_ids
 from dare_hf.recipes.data import ResponseCollator, TaskCollator, dataset_of
 from dare_hf.training import DareTrainer
+from dare_hf.training.checkpoints import save_adapters
 from dare_hf.training.quantized import keep_gradients_right, quantization_config
 
 if TYPE_CHECKING:
@@ -48,7 +51,7 @@ class TrainingResult:
     log: list[dict[str, Any]]
 
 
-def train(recipe: Recipe) -> TrainingResult:
+def train(recipe: Recipe, resume: bool = False) -> TrainingResult:
     """Train routers, alone or with a LoRA, as a recipe says.
 
     Under torchrun or `accelerate launch` each process takes `batch_size` rows a step; the first
@@ -56,6 +59,8 @@ def train(recipe: Recipe) -> TrainingResult:
 
     Args:
         recipe: The run.
+        resume: Go on from the last checkpoint in the recipe's folder, to where the whole run would
+            have ended; `save_every` writes them.
 
     Returns:
         The model and where its adapters were saved: `apply_dare(model, out + "/dare")` loads the
@@ -64,6 +69,7 @@ def train(recipe: Recipe) -> TrainingResult:
     Raises:
         DareError: The recipe, its data or its model cannot be used; the text says why.
     """
+    checkpoint = _last_checkpoint(recipe) if resume else None
     set_seed(recipe.seed)
     model, processor, delimiters = _load(recipe)
     _attach(model, recipe, delimiters)
@@ -79,15 +85,25 @@ def train(recipe: Recipe) -> TrainingResult:
     )
     draws = model.config.model_type == "chameleon"
     with allow_image_tokens(model) if draws else nullcontext():
-        if recipe.calibrate and model._dare.controller.routers is not None:
+        if recipe.calibrate and not resume and model._dare.controller.routers is not None:
             _calibrate(model, recipe, rows, collate)
-        trainer.train()
+        trainer.train(resume_from_checkpoint=checkpoint)
     log = trainer.state.log_history
     folders = _save(model, recipe, out, write=trainer.is_world_process_zero())
     if trainer.is_world_process_zero():
         _write_log(recipe, log, out / "training_log.jsonl")
     trainer.accelerator.wait_for_everyone()
     return TrainingResult(model.eval(), processor, folders, log)
+
+
+def _last_checkpoint(recipe: Recipe) -> str:
+    found = get_last_checkpoint(recipe.out) if Path(recipe.out).is_dir() else None
+    if found is None:
+        raise DareStateError(
+            f"resume: expected a checkpoint in {recipe.out!r}; got none. Run without it, and with "
+            "save_every (steps between checkpoints) in the recipe"
+        )
+    return found
 
 
 def _load(recipe: Recipe) -> tuple[Any, Any, tuple[int, ...]]:
@@ -199,11 +215,8 @@ def _save(model: Any, recipe: Recipe, out: Path, write: bool) -> dict[str, str]:
         kinds.append(DARE)
     else:
         remove_dare(model)
-    for name in kinds if write else ():
-        model.set_adapter(name)  # transformers saves the active adapter only (5.23)
-        model.save_pretrained(out / name)
-    if kinds:
-        model.set_adapter(kinds)
+    if kinds and write:
+        save_adapters(model, out, kinds)
     return {name: str(out / name) for name in kinds}
 
 

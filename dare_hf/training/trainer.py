@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from dare_hf.attach import state_of
 from dare_hf.errors import DareConfigError
 from dare_hf.training.auxiliary import auxiliary_loss
+from dare_hf.training.checkpoints import attached, load_adapters, save_adapters
 from dare_hf.training.quantized import keep_gradients_right
 from dare_hf.training.schedule import TemperatureSchedule
 
@@ -30,6 +33,9 @@ class DareTrainerMixin:
 
     A batch may have `hop_ids` [B, S] beside its labels; `remove_unused_columns=False` lets a
     dataset's column of that name through. A model without routers trains on the task loss alone.
+
+    Checkpoints hold every adapter transformers attached, routers and LoRA, in a folder of its name;
+    `resume_from_checkpoint` and `load_best_model_at_end` load them back. A PeftModel's are peft's.
 
     Args:
         args: As the other class takes them.
@@ -139,6 +145,34 @@ class DareTrainerMixin:
             logs["dare/tau"] = state_of(trainer.model).controller.tau
             self._sums = None
         super().log(logs, *args, **kwargs)  # ty: ignore[missing-attribute]
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write a checkpoint; transformers would save one adapter only, or stop at a second."""
+        trainer: Any = self
+        if not attached(trainer.model):
+            super()._save(output_dir, state_dict)  # ty: ignore[missing-attribute]
+        elif trainer.args.should_save:
+            folder = Path(trainer.args.output_dir if output_dir is None else output_dir)
+            save_adapters(trainer.model, folder)
+            if trainer.processing_class is not None:
+                trainer.processing_class.save_pretrained(folder)
+            torch.save(trainer.args, folder / TRAINING_ARGS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load a checkpoint's weights into the model."""
+        trainer: Any = self
+        if attached(trainer.model):
+            load_adapters(trainer.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # ty: ignore[missing-attribute]
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint's weights into the model."""
+        trainer: Any = self
+        if attached(trainer.model):
+            load_adapters(trainer.model, trainer.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()  # ty: ignore[missing-attribute]
 
 
 class DareTrainer(DareTrainerMixin, Trainer):
