@@ -15,7 +15,7 @@ OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,compat tiny_models laws_
 demo: $(READY) ; HF_HUB_OFFLINE=1 $(BIN)/dare-hf demo
 test: $(READY) ; $(TESTS) -m "not slow"
 test-all: $(READY) ; $(TESTS)
-test-extras: .venv/extras ; HF_HUB_OFFLINE=1 PYTHONPATH=.venv/extras $(TESTS) -m extras
+test-extras: .venv/extras ; HF_HUB_OFFLINE=1 PYTHONPATH=$(CURDIR)/.venv/extras $(TESTS) -m extras
 test-oldest: .venv/oldest
 	DARE_TEST_TRANSFORMERS=$(OLDEST) PYTHONPATH=$(CURDIR)/.venv/oldest $(TESTS) -m "not slow" $(OLDEST_TESTS)
 lint: $(READY) ; $(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
+from dare_hf.testing import tiny_model
 from dare_hf.training import end_processes
 
 SCRIPT = Path(__file__).parent / "train_two.py"
@@ -57,12 +58,20 @@ def test_ddp_ends_before_its_group():
     end_processes()  # nothing to end
 
 
-@pytest.mark.slow
-def test_two_processes_are_one(tmp_path):
+@pytest.mark.parametrize(
+    "bits", [pytest.param(32, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.extras)]
+)
+def test_two_processes_are_one(tmp_path, bits):
+    backbone = []
+    if bits == 4:
+        pytest.importorskip("bitsandbytes")
+        backbone = [str(tmp_path / "llava")]
+        tiny_model("llava").save_pretrained(backbone[0])
     found = {}
     for count, name, launch in ((1, "one", []), (2, "two", TWO)):
         out = tmp_path / f"{name}.safetensors"
-        assert f"processes: {count}" in run_in(tmp_path, *launch, str(SCRIPT), str(out))
+        said = run_in(tmp_path, *launch, str(SCRIPT), str(out), *backbone)
+        assert f"processes: {count}" in said
         found[name] = load_file(out)
     assert found["one"].keys() == found["two"].keys()
     assert len(found["one"]) > 12

@@ -52,9 +52,9 @@ def together(model, rows, *, hop_ids=False, supervised=None):
     return batch
 
 
-def routed_model(name="llava", **fields):
+def routed_model(name="llava", base=None, **fields):
     options = {"scorer": "router", "schedule": "learned", **FIELDS, **fields}
-    model = get_peft_model(tiny_model(name), DareConfig(**options))
+    model = get_peft_model(base or tiny_model(name), DareConfig(**options))
     sharpen(controller_of(model).routers)
     return model
 

@@ -1,6 +1,8 @@
 """Two steps of DareTrainer in this process or in one of two; writes the parameters it ends with.
 
-python train_two.py OUT        # or: torchrun --nproc_per_node 2 train_two.py OUT
+python train_two.py OUT [FOLDER]    # or: torchrun --nproc_per_node 2 train_two.py OUT [FOLDER]
+
+FOLDER holds a backbone that is loaded in 4 bit.
 """
 
 import gc
@@ -12,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
+from transformers import LlavaForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parent))
 warnings.filterwarnings("ignore")
@@ -19,14 +22,20 @@ warnings.filterwarnings("ignore")
 from test_trainer import logs_of, routed_model, trained_parameters, trainer_of  # noqa: E402
 
 from dare_hf.training import end_processes  # noqa: E402
+from dare_hf.training.quantized import quantization_config  # noqa: E402
 
 IMAGES = (1, 2, 0, 0)
 """Of the rows in order: the second of two processes sees no image."""
 
 
-def main(out: str) -> None:
+def in_4bit(folder: str) -> LlavaForConditionalGeneration:
+    config = quantization_config(bnb_4bit_compute_dtype=torch.float32)
+    return LlavaForConditionalGeneration.from_pretrained(folder, quantization_config=config)
+
+
+def main(out: str, folder: str | None = None) -> None:
     torch.set_num_threads(1)
-    model = routed_model()
+    model = routed_model(base=folder and in_4bit(folder))
     trainer = trainer_of(
         Path(out).parent,
         model,
@@ -49,7 +58,7 @@ def main(out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
     end_processes()
     left = [one for one in gc.get_objects() if type(one) is DistributedDataParallel]
     sys.exit(f"DDP outlived its group: {left}" if left else 0)
