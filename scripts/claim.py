@@ -151,7 +151,8 @@ def run_training(args: argparse.Namespace) -> None:
 
 def trial(args: argparse.Namespace) -> dict[str, Any]:
     """What a trial asks of the recipe in place of the arms' common fields."""
-    asked = {name: getattr(args, name) for name in ("steps", "learning_rate", "router_lr")}
+    names = ("steps", "learning_rate", "router_lr", "validate", "save_every")
+    asked = {name: getattr(args, name) for name in names}
     return {name: value for name, value in asked.items() if value is not None}
 
 
@@ -254,6 +255,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="another number of steps, for a trial")
     parser.add_argument("--learning_rate", type=float, help="another one of the LoRA, for a trial")
     parser.add_argument("--router_lr", type=float, help="another one of the routers, for a trial")
+    parser.add_argument("--validate", type=int, help="rows held out, for a trial")
+    parser.add_argument("--save_every", type=int, help="steps between checkpoints, for a trial")
     parser.add_argument("--router_only", action="store_true", help="no LoRA: a frozen backbone")
     parser.add_argument("--change", choices=CHANGES, help="an intervention on DARE-LH")
     parser.add_argument("--tasks", default="")

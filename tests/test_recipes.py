@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dare_hf import DareConfig, apply_dare
 from dare_hf.demo.embedded import load_embedded
 from dare_hf.errors import DareConfigError, DareInputError, DareStateError
 from dare_hf.recipes import Recipe, load_recipe, train
-from dare_hf.recipes.data import JsonLines, ResponseCollator, TaskStream
+from dare_hf.recipes.data import JsonLines, ResponseCollator, TaskStream, datasets_of
 from dare_hf.tasks import maze, mvot
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -166,6 +168,53 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path):
     assert [json.loads(line).get("step") for line in lines] == [None, 2, 2]
 
 
+@pytest.mark.slow
+def test_what_is_best_on_rows_held_out_is_saved(tmp_path):
+    recipe = Recipe(
+        "volcano",
+        str(tmp_path),
+        task=("scene",),
+        steps=3,
+        batch_size=2,
+        warmup=2,
+        router_lr=0.5,
+        lora={"r": 4},
+        learning_rate=0.5,
+        save_every=1,
+        validate=4,
+    )
+    result = train(recipe)
+    losses = {entry["step"]: entry["eval_loss"] for entry in result.log if "eval_loss" in entry}
+    best = min(losses, key=losses.get)
+    assert sorted(losses) == [1, 2, 3]
+    assert best < 3
+    for name, folder in result.folders.items():
+        files = (tmp_path / f"checkpoint-{best}" / name, tmp_path / "checkpoint-3" / name, folder)
+        kept, last, saved = (load_file(Path(f) / "adapter_model.safetensors") for f in files)
+        assert all(torch.equal(tensor, kept[key]) for key, tensor in saved.items())
+        assert any(not torch.equal(tensor, last[key]) for key, tensor in saved.items())
+
+
+def test_rows_held_out_are_not_trained_on(tmp_path):
+    fields = {"steps": 2, "batch_size": 3, "save_every": 1, "validate": 4}
+    recipe = Recipe("anole", "out", task=("maze", "ghost"), **fields)
+    learned, held = datasets_of(recipe, processes=2)
+    assert (len(learned), len(held)) == (12, 4)
+    seen = [learned[k]["item"] for k in range(12)]
+    assert all(held[k]["item"] not in seen for k in range(4))
+    assert datasets_of(replace(recipe, validate=0))[1] is None
+    file = tmp_path / "rows.jsonl"
+    lines = [{"images": [], "prompt": "Go", "response": str(k)} for k in range(6)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    learned, held = datasets_of(replace(recipe, task=(), data=str(file)))
+    responses = [[rows[k]["response"] for k in range(len(rows))] for rows in (learned, held)]
+    assert responses == [["0", "1"], ["2", "3", "4", "5"]]
+    with pytest.raises(DareInputError, match="validate: expected fewer rows than the 6"):
+        datasets_of(replace(recipe, task=(), data=str(file), validate=6))
+    with pytest.raises(DareConfigError, match="save_every: expected a divisor"):
+        replace(recipe, save_every=0)
+
+
 def _ids(model, processor, items):
     return [solution.ids for solution in mvot.solve(model.eval(), processor, items)]
 
@@ -193,7 +242,7 @@ def test_calibration_comes_before_the_first_step(tmp_path):
 
 
 def test_numbers_are_checked():
-    for name in ("calibrate", "save_every"):
+    for name in ("calibrate", "save_every", "validate"):
         with pytest.raises(DareConfigError, match=f"{name}: expected an integer >= 0; got -1"):
             Recipe("anole", "out", task=("maze",), **{name: -1})
     with pytest.raises(

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from dare_hf.errors import DareInputError
 from dare_hf.tasks import frozen_lake, ghost, maze, scene, teaching
@@ -124,9 +124,28 @@ class ResponseCollator:
         return teaching.respond(self.processor, rows, self.vision_ids)
 
 
-def dataset_of(recipe: Recipe) -> Dataset:
-    """The rows a recipe trains on."""
+def datasets_of(recipe: Recipe, processes: int = 1) -> tuple[Dataset, Dataset | None]:
+    """The rows a recipe trains on, and those it holds out.
+
+    Args:
+        recipe: The run.
+        processes: How many share its steps, each with batches of its own.
+
+    Raises:
+        DareInputError: The file cannot be used, or nothing would be left to train on.
+    """
     if recipe.data is not None:
-        return JsonLines(recipe.data)
-    count = recipe.steps * recipe.batch_size * recipe.accumulate
-    return TaskStream(recipe.task, count, recipe.seed, recipe.first)
+        rows = JsonLines(recipe.data)
+        left = len(rows) - recipe.validate
+        if left < 1:
+            raise DareInputError(
+                f"validate: expected fewer rows than the {len(rows)} of {recipe.data}; got "
+                f"{recipe.validate}. Hold out fewer, or add lines"
+            )
+        held = Subset(rows, range(left, len(rows))) if recipe.validate else None
+        return Subset(rows, range(left)), held
+    count = recipe.steps * recipe.batch_size * recipe.accumulate * processes
+    behind = recipe.first + -(-count // len(recipe.task))
+    held = TaskStream(recipe.task, recipe.validate, recipe.seed, behind)
+    stream = TaskStream(recipe.task, count, recipe.seed, recipe.first)
+    return stream, held if recipe.validate else None

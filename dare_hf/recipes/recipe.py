@@ -42,6 +42,8 @@ class Recipe:
         bf16: Autocast of matrix products.
         gradient_checkpointing: Recompute layers instead of keeping them.
         save_every: Steps between checkpoints; 0 saves at the end only.
+        validate: Rows held out (the last of `data`, or items behind the run's). Of the checkpoints,
+            the one with the lowest loss on them is what is saved; 0 saves the last step.
     """
 
     model: str
@@ -65,6 +67,7 @@ class Recipe:
     bf16: bool = False
     gradient_checkpointing: bool = False
     save_every: int = 0
+    validate: int = 0
 
     def __post_init__(self) -> None:
         """Check what cannot wait until the model is loaded.
@@ -81,7 +84,8 @@ class Recipe:
             )
         if unknown := sorted(set(names) - set(TASKS)):
             raise DareConfigError(f"task: expected some of {', '.join(TASKS)}; got {unknown}")
-        least = {"steps": 1, "batch_size": 1, "accumulate": 1, "calibrate": 0, "save_every": 0}
+        least = {"steps": 1, "batch_size": 1, "accumulate": 1, "calibrate": 0}
+        least |= {"save_every": 0, "validate": 0}
         for name, low in least.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
@@ -89,6 +93,11 @@ class Recipe:
         if not isinstance(self.rate_margin, float) or not 0 < self.rate_margin < 0.5:
             raise DareConfigError(
                 f"rate_margin: expected a share in (0, 0.5); got {self.rate_margin!r}"
+            )
+        if self.validate and (not self.save_every or self.steps % self.save_every):
+            raise DareConfigError(
+                "save_every: expected a divisor of the steps where rows are held out (validate), "
+                f"since checkpoints are compared; got {self.save_every} and {self.steps} steps"
             )
         if self.dare is None and self.lora is None:
             raise DareConfigError(

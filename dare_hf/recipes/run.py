@@ -23,7 +23,7 @@ from dare_hf.demo.embedded import RUNNERS, runner_type
 from dare_hf.errors import DareStateError
 from dare_hf.generation.interleaved import allow_image_tokens
 from dare_hf.modality import vision_token_ids
-from dare_hf.recipes.data import ResponseCollator, TaskCollator, dataset_of
+from dare_hf.recipes.data import ResponseCollator, TaskCollator, datasets_of
 from dare_hf.training import DareTrainer
 from dare_hf.training.checkpoints import save_adapters
 from dare_hf.training.quantized import keep_gradients_right, quantization_config
@@ -74,11 +74,13 @@ def train(recipe: Recipe, resume: bool = False) -> TrainingResult:
     model, processor, delimiters = _load(recipe)
     _attach(model, recipe, delimiters)
     out = Path(recipe.out)
-    rows, collate = dataset_of(recipe), _collator(recipe, model, processor)
+    arguments, collate = _arguments(recipe), _collator(recipe, model, processor)
+    rows, held_out = datasets_of(recipe, arguments.world_size)
     trainer = DareTrainer(
         model=model,
-        args=_arguments(recipe),
+        args=arguments,
         train_dataset=rows,
+        eval_dataset=held_out,
         data_collator=collate,
         router_lr=recipe.router_lr,
         rate_lr=recipe.rate_lr,
@@ -186,6 +188,11 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
         save_strategy="steps" if recipe.save_every else "no",
         save_steps=recipe.save_every or 500,
         save_total_limit=2,
+        eval_strategy="steps" if recipe.validate else "no",
+        eval_steps=recipe.save_every or None,
+        per_device_eval_batch_size=recipe.batch_size,
+        prediction_loss_only=True,
+        load_best_model_at_end=bool(recipe.validate),
         report_to=[],
         remove_unused_columns=False,
         disable_tqdm=True,
