@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from peft import get_peft_model
 from peft_runs import LEARNED, add_quietly, lora
 from router_runs import FIELDS
 from test_trainer import logs_of, trained_parameters, trainer_of
@@ -15,7 +16,13 @@ from dare_hf.training import DareTrainer
 from dare_hf.training.checkpoints import load_adapters, save_adapters
 
 ORDERS = [("dare",), ("lora", "dare"), ("dare", "lora")]
+WRAPPED = [("default",), ("mine",), ("mine", "default"), ("default", "tuned"), ("mine", "tuned")]
+"""Names of a PeftModel's routers, and of the LoRA it is wrapped in."""
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT"),
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),
+]
 RATES = {"learning_rate": 0.5, "router_lr": 0.5, "rate_lr": 0.5}
 
 
@@ -32,6 +39,20 @@ def attached_model(names, **fields):
     return model
 
 
+def wrapped_model(names):
+    """A PeftModel with routers, or with a LoRA around a model that has them; all of it learns."""
+    router = DareConfig(**{**LEARNED, **FIELDS})
+    model = tiny_model("llava")
+    torch.manual_seed(0)
+    if len(names) == 1:
+        return get_peft_model(model, router, names[0])
+    add_quietly(model, router, names[0])
+    model = get_peft_model(model, lora(), names[1])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("dare_" in name or "lora_" in name)
+    return model
+
+
 class Evaluating(DareTrainer):
     """Evaluates on what it trains on."""
 
@@ -39,17 +60,28 @@ class Evaluating(DareTrainer):
         super().__init__(*args, eval_dataset=kwargs["train_dataset"], **kwargs)
 
 
-@pytest.mark.parametrize("names", ORDERS, ids="-".join)
-def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, names):
+def made(names, wrap):
+    return wrapped_model(names) if wrap else attached_model(names)
+
+
+EACH = pytest.mark.parametrize(
+    ("names", "wrap"),
+    [(names, wrap) for wrap, each in ((False, ORDERS), (True, WRAPPED)) for names in each],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else ("attached", "peft")[value],
+)
+
+
+@EACH
+def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, names, wrap):
     def run(folder, resume=None):
-        model = attached_model(names)
+        model = made(names, wrap)
         trainer = trainer_of(folder, model, **EVERY_STEP, **RATES)
         trainer.train(resume_from_checkpoint=resume)
-        assert model.active_adapters() == list(names)
+        assert wrap or model.active_adapters() == list(names)
         return trained_parameters(model), logs_of(trainer)
 
     whole, logs = run(tmp_path / "whole")
-    assert len(whole) == sum(p.requires_grad for p in attached_model(names).parameters())
+    assert len(whole) == sum(p.requires_grad for p in made(names, wrap).parameters())
     resumed, later = run(tmp_path / "other", resume=str(tmp_path / "whole" / "checkpoint-2"))
     assert whole.keys() == resumed.keys()
     for name, parameter in whole.items():
@@ -57,22 +89,26 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, names):
     assert [entry["loss"] for entry in later] == [entry["loss"] for entry in logs]
 
 
-@pytest.mark.parametrize("names", ORDERS, ids="-".join)
-def test_the_best_checkpoint_comes_back(tmp_path, names):
+@EACH
+def test_the_best_checkpoint_comes_back(tmp_path, names, wrap):
+    """One learning rate after another, so that the last step is the worst."""
     trainer = trainer_of(
         tmp_path,
-        attached_model(names),
+        made(names, wrap),
         cls=Evaluating,
         eval_strategy="steps",
         eval_steps=1,
         load_best_model_at_end=True,
+        label_names=["labels"],
         per_device_eval_batch_size=4,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=2,
         **EVERY_STEP,
-        **RATES,
+        **dict.fromkeys(RATES, 5.0),
     )
     trainer.train()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert len(set(losses)) == 3
+    assert min(losses) < losses[-1] - 0.1
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), abs=1e-6)
 
 

@@ -1,7 +1,8 @@
-"""Adapters that transformers attached, in a trainer's checkpoint: each in a folder of its name.
+"""Adapters in a trainer's checkpoint: routers and a LoRA beside them.
 
-transformers (5.23) saves one active adapter, so a LoRA beside routers stops a Trainer at its first
-checkpoint, and loads none back: its Trainer does both for a PeftModel only.
+transformers (5.23) saves one active adapter of those it attached, so a LoRA beside routers stops a
+Trainer at its first checkpoint, and it loads none of them back. Of a PeftModel's adapters it loads
+the best checkpoint of the one named "default" alone, and transformers 5.19 resumes one of several.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 
 from dare_hf.errors import AdapterMismatchError, DareStateError
@@ -22,8 +23,9 @@ _PREFIX = "base_model.model."
 
 
 def attached(model: Any) -> list[str]:
-    """Names of the adapters transformers attached; none for a PeftModel, which has its own way."""
-    return list(model.peft_config) if getattr(model, "_hf_peft_config_loaded", False) else []
+    """Names of the adapters transformers attached; none for a PeftModel, which saves its own."""
+    own = not isinstance(model, PeftModel) and getattr(model, "_hf_peft_config_loaded", False)
+    return list(model.peft_config) if own else []
 
 
 def save_adapters(model: Any, folder: str | Path, names: Iterable[str] | None = None) -> None:
@@ -45,26 +47,29 @@ def save_adapters(model: Any, folder: str | Path, names: Iterable[str] | None = 
 
 
 def load_adapters(model: Any, folder: str | Path) -> None:
-    """Load what `save_adapters` wrote into the adapters the model has, in place.
+    """Load a checkpoint's adapters into those the model has, in place.
 
     Args:
-        model: A transformers model with adapters of the same names.
-        folder: Where from.
+        model: A transformers model with adapters, or a PeftModel.
+        folder: What `save_adapters`, or a PeftModel's `save_pretrained`, wrote.
 
     Raises:
         DareStateError: An adapter has no folder there.
         AdapterMismatchError: A file's tensors are not those of the adapter.
     """
-    for name in attached(model):
-        place = Path(folder) / name
+    wrapped = isinstance(model, PeftModel)
+    for name in model.peft_config:
+        # peft writes its "default" into the folder itself
+        place = Path(folder) if wrapped and name == "default" else Path(folder) / name
         if not (place / "adapter_config.json").is_file():
             raise DareStateError(
-                f"checkpoint: expected the adapter {name!r} in {place}; got no such folder. Resume "
+                f"checkpoint: expected the adapter {name!r} in {place}; got none there. Resume "
                 "with the adapters, and their names, that the checkpoint was written with"
             )
-        saved = load_peft_weights(str(place), device="cpu")
-        weights = {key.removeprefix(_PREFIX): tensor for key, tensor in saved.items()}
-        own = model.get_adapter_state_dict(name)
+        weights = load_peft_weights(str(place), device="cpu")
+        if not wrapped:
+            weights = {key.removeprefix(_PREFIX): tensor for key, tensor in weights.items()}
+        own = get_peft_model_state_dict(model, adapter_name=name)
         check_tensors(shapes(weights.items()), shapes(own.items()))
         unread = set_peft_model_state_dict(model, weights, adapter_name=name).unexpected_keys
         if unread:

@@ -34,8 +34,9 @@ class DareTrainerMixin:
     A batch may have `hop_ids` [B, S] beside its labels; `remove_unused_columns=False` lets a
     dataset's column of that name through. A model without routers trains on the task loss alone.
 
-    Checkpoints hold every adapter transformers attached, routers and LoRA, in a folder of its name;
-    `resume_from_checkpoint` and `load_best_model_at_end` load them back. A PeftModel's are peft's.
+    Checkpoints hold every adapter, routers and LoRA: those transformers attached each in a folder
+    of its name, a PeftModel's as peft saves them. `resume_from_checkpoint` and
+    `load_best_model_at_end` load them all back.
 
     Args:
         args: As the other class takes them.
@@ -149,7 +150,7 @@ class DareTrainerMixin:
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write a checkpoint; transformers would save one adapter only, or stop at a second."""
         trainer: Any = self
-        if not attached(trainer.model):
+        if self._sharded() or not attached(trainer.model):
             super()._save(output_dir, state_dict)  # ty: ignore[missing-attribute]
         elif trainer.args.should_save:
             folder = Path(trainer.args.output_dir if output_dir is None else output_dir)
@@ -161,18 +162,23 @@ class DareTrainerMixin:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load a checkpoint's weights into the model."""
         trainer: Any = self
-        if attached(trainer.model):
-            load_adapters(trainer.model, resume_from_checkpoint)
-        else:
+        if self._sharded() or not getattr(trainer.model, "peft_config", None):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # ty: ignore[missing-attribute]
+        else:
+            load_adapters(trainer.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint's weights into the model."""
         trainer: Any = self
-        if attached(trainer.model):
-            load_adapters(trainer.model, trainer.state.best_model_checkpoint)
-        else:
+        if self._sharded() or not getattr(trainer.model, "peft_config", None):
             super()._load_best_model()  # ty: ignore[missing-attribute]
+        else:
+            load_adapters(trainer.model, trainer.state.best_model_checkpoint)
+
+    def _sharded(self) -> bool:
+        """FSDP and DeepSpeed gather and load a model their own way."""
+        trainer: Any = self
+        return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
 
 class DareTrainer(DareTrainerMixin, Trainer):
