@@ -38,6 +38,7 @@ from transformers.distributed import DistributedConfig  # noqa: E402
 from dare_hf import DareConfig, apply_dare, remove_dare  # noqa: E402
 from dare_hf.adapters import locate  # noqa: E402
 from dare_hf.generation import HopInput, HopLoop  # noqa: E402
+from dare_hf.training import end_processes  # noqa: E402
 
 SHARED = ("llava", "qwen2_5_vl", "gemma3", "smolvlm")
 """The models whose text config has a tensor-parallel plan."""
@@ -109,9 +110,8 @@ def main(folder: Path) -> None:
             found |= further_traces(model, folder)
     found["fsdp"] = fsdp_traces()
     torch.save(found, folder / f"{processes()}-{rank()}.pt")
-    if processes() > 1:
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end_processes()
