@@ -3,9 +3,10 @@
     python scripts/claim_report.py runs --model anole --budget paper
     python scripts/claim_report.py runs --model anole --budget paper --seeds
     python scripts/claim_report.py runs --model anole --budget paper --learned
+    python scripts/claim_report.py docs/results --model volcano --pair dare_l dare_lh@1
 
 The first compares the arms on the same items, the second shows every seed, the third what each arm
-learned.
+learned, the fourth two lines of the results, by arm and seed.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ RATES = re.compile(r".*layers\.(\d+)\..*rate_logits").match
 ORDER = ("full", "random", "symmetric", "constant", "dare_l", "dare_lh")
 
 
-def read(path: Path) -> dict[tuple, dict[str, Any]]:
-    """The last line of each (model, arm, change, budget, seed, task, split)."""
+def read(folder: Path) -> dict[tuple, dict[str, Any]]:
+    """The last line of each (model, arm, change, budget, seed, task, split) in a folder's files."""
     found = {}
-    for text in path.read_text().splitlines():
+    texts = [path.read_text() for path in sorted(folder.glob("*.jsonl"))]
+    for text in "".join(texts).splitlines():
         line = json.loads(text)
-        budget = "full" if line["arm"] == "full" else line["budget"]
+        budget = "full" if line["arm"].startswith("full") else line["budget"]
         names = (line["model"], line["arm"], line["change"], budget, line["seed"])
         found[(*names, line["task"], line["split"])] = line
     return found
@@ -58,7 +60,11 @@ def main() -> None:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--seeds", action="store_true", help="every seed, and their means")
     kind.add_argument("--learned", action="store_true", help="rates by hop, layer and modality")
+    kind.add_argument("--pair", nargs=2, metavar="ARM[@SEED]", help="the second against the first")
     args = parser.parse_args()
+    if args.pair:
+        show_pair(args)
+        return
     show = show_learned if args.learned else show_seeds if args.seeds else show_results
     show(args)
 
@@ -66,7 +72,7 @@ def main() -> None:
 def show_seeds(args: argparse.Namespace) -> None:
     """Accuracy (and KV) of each seed in per cent: one table a task and split."""
     found: dict[tuple, dict[str, dict[int, dict[str, Any]]]] = {}
-    for key, line in read(args.runs / "results.jsonl").items():
+    for key, line in read(args.runs).items():
         model, arm, change, budget, seed, *where = key
         if model == args.model and budget in (args.budget, "full") and change is None:
             found.setdefault(tuple(where), {}).setdefault(arm, {})[seed] = line
@@ -110,7 +116,7 @@ def show_learned(args: argparse.Namespace) -> None:
 
 def show_results(args: argparse.Namespace) -> None:
     """One table a task and split."""
-    lines = read(args.runs / "results.jsonl")
+    lines = read(args.runs)
     mine = {
         key[1:3] + key[5:]: line
         for key, line in lines.items()
@@ -137,6 +143,22 @@ def show_results(args: argparse.Namespace) -> None:
                 against(best, line) if line is not best else "",
             ]
             print("| " + " | ".join(cells) + " |")
+
+
+def show_pair(args: argparse.Namespace) -> None:
+    """One line a task and split: the second arm against the first, on the same items."""
+    lines = read(args.runs)
+    found: list[dict[tuple, dict[str, Any]]] = []
+    for name in args.pair:
+        arm, _, seed = name.partition("@")
+        budget = "full" if arm.startswith("full") else args.budget
+        wanted = (args.model, arm, None, budget, int(seed or args.seed))
+        found.append({key[5:]: line for key, line in lines.items() if key[:5] == wanted})
+        if not found[-1]:
+            raise SystemExit(f"{name}: no such line of {args.model}, budget {args.budget}")
+    base, mine = found
+    for place in sorted(set(base) & set(mine)):
+        print(*place, against(base[place], mine[place]))
 
 
 def against(base: dict[str, Any] | None, line: dict[str, Any]) -> str:

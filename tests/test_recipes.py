@@ -170,19 +170,9 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path):
 
 @pytest.mark.slow
 def test_what_is_best_on_rows_held_out_is_saved(tmp_path):
-    recipe = Recipe(
-        "volcano",
-        str(tmp_path),
-        task=("scene",),
-        steps=3,
-        batch_size=2,
-        warmup=2,
-        router_lr=0.5,
-        lora={"r": 4},
-        learning_rate=0.5,
-        save_every=1,
-        validate=4,
-    )
+    rates = {"warmup": 2, "router_lr": 0.5, "lora": {"r": 4}, "learning_rate": 0.5}
+    run = {"steps": 3, "batch_size": 2, "save_every": 1, "validate": 4}
+    recipe = Recipe("volcano", str(tmp_path), task=("scene",), **run, **rates)
     result = train(recipe)
     losses = {entry["step"]: entry["eval_loss"] for entry in result.log if "eval_loss" in entry}
     best = min(losses, key=losses.get)

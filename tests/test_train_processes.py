@@ -1,5 +1,6 @@
 """Two processes (gloo) train as one on the same global batch, also where one sees no image."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
@@ -94,3 +96,20 @@ def test_a_recipe_runs_in_two_processes_and_one_of_them_writes(tmp_path):
         assert all(tensor.isfinite().all() for tensor in saved.values())
         assert all(torch.equal(tensor, last[key]) for key, tensor in saved.items())
         assert any(not torch.equal(tensor, first[key]) for key, tensor in saved.items())
+
+
+@pytest.mark.slow
+def test_rows_held_out_are_judged_alike_in_two_processes(tmp_path):
+    found = []
+    for count, launch in ((1, []), (2, TWO)):
+        held = {"save_every": 1, "validate": 4, "steps": 1, "warmup": 5}  # no step at rate 0
+        held |= {"batch_size": 4 // count, "out": f"run{count}"}
+        recipe = yaml.safe_load(RECIPE) | held
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe))
+        run_in(tmp_path, *launch, "-m", "dare_hf.cli", "train", "--config", "run.yaml")
+        lines = (tmp_path / f"run{count}" / "training_log.jsonl").read_text().splitlines()
+        found += [
+            entry["eval_loss"] for line in lines if "eval_loss" in (entry := json.loads(line))
+        ]
+    assert len(found) == 2
+    assert found[0] == pytest.approx(found[1], abs=1e-4)

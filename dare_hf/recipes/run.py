@@ -223,7 +223,7 @@ def _save(model: Any, recipe: Recipe, out: Path, write: bool) -> dict[str, str]:
     else:
         remove_dare(model)
     if kinds and write:
-        save_adapters(model, out, kinds)
+        save_adapters(model, out)
     return {name: str(out / name) for name in kinds}
 
 

@@ -8,16 +8,13 @@ the best checkpoint of the one named "default" alone, and transformers 5.19 resu
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 
 from dare_hf.errors import AdapterMismatchError, DareStateError
 from dare_hf.routers.files import check_tensors, shapes
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 _PREFIX = "base_model.model."
 
@@ -28,17 +25,16 @@ def attached(model: Any) -> list[str]:
     return list(model.peft_config) if own else []
 
 
-def save_adapters(model: Any, folder: str | Path, names: Iterable[str] | None = None) -> None:
+def save_adapters(model: Any, folder: str | Path) -> None:
     """Save attached adapters, each to `folder/<name>`; what is active or trained stays so.
 
     Args:
         model: A transformers model with adapters.
         folder: Where to.
-        names: Which of them; all by default.
     """
     active = list(model.active_adapters())
     trained = [(p, p.requires_grad) for p in model.parameters()]
-    for name in attached(model) if names is None else names:
+    for name in attached(model):
         model.set_adapter(name)
         model.save_pretrained(Path(folder) / name)
     model.set_adapter(active)
