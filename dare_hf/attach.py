@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from dare_hf.accounting import shapes_of
 from dare_hf.adapters import attention_of
 from dare_hf.attention import observed_name
+from dare_hf.compat import warn_untested
 from dare_hf.controller import Controller
 from dare_hf.errors import DareStateError
 from dare_hf.generate import routed_generate
@@ -96,6 +97,7 @@ def check_free(target: Any) -> None:
 
 def new_controller(settings: Settings, anatomy: Anatomy) -> Controller:
     """The controller of a model that has no DARE yet."""
+    warn_untested()
     implementation = anatomy.text_config._attn_implementation
     check_attention_cache(implementation)
     exempt = _exempt_layers(anatomy, implementation)

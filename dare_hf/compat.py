@@ -1,18 +1,25 @@
-"""What differs between the versions of transformers this package accepts: 5.19 and newer.
+"""What differs between the versions of transformers this package accepts: 5.19 to 5.24.
 
 Nothing else in the package looks at a version. Older ones are not accepted: up to 5.18 generate
 gives the beams of a row with several images those images in the wrong order, with or without DARE;
-up to 5.17 it does not encode images before it begins, and needs huggingface_hub < 2.0.
+up to 5.17 it does not encode images before it begins, and needs huggingface_hub < 2.0. Newer ones
+are not tested: they run with a warning, and what they call by another name is refused.
 """
 
 from __future__ import annotations
 
+import inspect
+import types
 from typing import TYPE_CHECKING, Any
 
+import peft
 import torch
 import transformers
+from transformers.cache_utils import Cache
+from transformers.integrations import peft as integration
+from transformers.utils import logging
 
-from dare_hf.errors import DareInputError
+from dare_hf.errors import DareInputError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,6 +28,13 @@ if TYPE_CHECKING:
 
 OLDEST = "5.19"
 """The oldest version of transformers that passes the tests; pyproject declares the same."""
+NEWEST = "5.24"
+"""The newest one; pyproject excludes what comes after it."""
+
+OLDEST_PEFT = "0.21"
+"""The oldest version of peft that passes the tests; pyproject declares the same."""
+
+logger = logging.get_logger("dare_hf")
 
 _READ_BY_POSITION = {"gemma3": "token_type_ids", "shieldgemma2": "token_type_ids"}
 
@@ -33,6 +47,112 @@ def minor(version: str) -> tuple[int, int]:
 
 VERSION = minor(transformers.__version__)
 """Major and minor number of the transformers that runs."""
+
+CACHE_NAMES = ("past_key_values", "cache")
+"""What the cache is called: up to 5.23, and since 5.24."""
+CACHE = CACHE_NAMES[VERSION >= (5, 24)]
+"""Its name among the arguments of generate, models, layers and attention, and in their outputs."""
+
+
+def untested() -> str:
+    """A sentence about a transformers newer than the tested ones; empty for a tested one."""
+    if minor(NEWEST) >= VERSION:
+        return ""
+    return (
+        f"transformers {transformers.__version__} is not tested with this dare_hf, which knows "
+        f"{OLDEST} to {NEWEST}: install a version of those, or run `dare-hf conformance` to see "
+        "what holds"
+    )
+
+
+def warn_untested() -> None:
+    """Say once that this transformers is newer than the tested ones."""
+    if text := untested():
+        logger.warning_once(text)
+
+
+def named_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments with the cache under the one name that this transformers reads.
+
+    Args:
+        kwargs: Of generate or a forward; the cache may have either name.
+
+    Raises:
+        DareInputError: Two caches are given.
+    """
+    found = {name: kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None}
+    if len(found) > 1:
+        raise DareInputError(
+            "cache, past_key_values: expected one of these two names of the same argument; got "
+            "both. Leave one out"
+        )
+    named = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+    asked = any(name in kwargs for name in CACHE_NAMES)
+    return named | {CACHE: next(iter(found.values()), None)} if asked else named
+
+
+def stray_cache(kwargs: Mapping[str, Any]) -> str | None:
+    """Name of an argument that holds a cache and is none of `CACHE_NAMES`."""
+    stray = (n for n, value in kwargs.items() if isinstance(value, Cache) and n not in CACHE_NAMES)
+    return next(stray, None)
+
+
+def check_takes_cache(*modules: nn.Module) -> None:
+    """Refuse modules that take their cache by a name this package does not know.
+
+    Args:
+        modules: Text model and decoder layers. A forward of a subclass may hide its arguments
+            behind `*args, **kwargs`; then those of the class it inherits from tell.
+
+    Raises:
+        UnsupportedModelError: No forward of a module's classes has an argument of that name.
+    """
+    for kind in {type(module) for module in modules}:
+        if not any(CACHE in _arguments(base) for base in kind.__mro__):
+            raise UnsupportedModelError(
+                f"{kind.__name__}: expected a forward that takes its cache as {CACHE!r}, as in "
+                f"transformers {OLDEST} to {NEWEST}; got one without. "
+                f"{untested() or 'This class is not tested with DARE'}"
+            )
+
+
+def _arguments(kind: type) -> tuple[str, ...]:
+    forward = vars(kind).get("forward")
+    return tuple(inspect.signature(forward).parameters) if callable(forward) else ()
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in the output of generate or of a forward; None where there is none."""
+    return getattr(output, CACHE, None)
+
+
+def adapter_methods() -> dict[str, types.FunctionType]:
+    """What transformers calls for its adapters, where it refuses the peft that is tested here.
+
+    transformers 5.24 asks `add_adapter`, `set_adapter` and the like for peft 0.22, newer than every
+    release of its day; their code is that of 5.23, which asks for 0.20, and works with 0.21.
+
+    Returns:
+        Name and function of each method that would refuse, with its floor at `OLDEST_PEFT`; none
+        where the peft in use is new enough for it, or older than is tested.
+    """
+    if not minor(OLDEST_PEFT) <= minor(peft.__version__) < minor(integration.MIN_PEFT_VERSION):
+        return {}
+    return {
+        name: _with_floor(method)
+        for name, method in vars(integration.PeftAdapterMixin).items()
+        if "MIN_PEFT_VERSION" in getattr(getattr(method, "__code__", None), "co_names", ())
+    }
+
+
+def _with_floor(method: types.FunctionType) -> types.FunctionType:
+    """The same code with another floor under peft, changing nothing in transformers itself."""
+    names = {**method.__globals__, "MIN_PEFT_VERSION": OLDEST_PEFT}
+    own = types.FunctionType(
+        method.__code__, names, method.__name__, method.__defaults__, method.__closure__
+    )
+    own.__kwdefaults__ = method.__kwdefaults__
+    return own
 
 
 def check_prefill_chunks(size: int | None) -> None:
@@ -74,10 +194,10 @@ def check_new_images(
     new = ids[:, past:] if ids.shape[1] > past else ids
     if bool(torch.isin(new, torch.tensor(vision_ids, dtype=ids.dtype, device=ids.device)).any()):
         raise DareInputError(
-            f"past_key_values: expected transformers >= 5.23 for new images behind a cache of "
+            f"{CACHE}: expected transformers >= 5.23 for new images behind a cache of "
             f"{past} tokens; got transformers {transformers.__version__}, which places the images "
             f"of a {model.config.model_type} wrongly there. Pass the whole conversation without "
-            "past_key_values, or upgrade transformers"
+            "a cache, or upgrade transformers"
         )
 
 
@@ -85,6 +205,15 @@ def misplaces(model: nn.Module) -> bool:
     """Whether this transformers misplaces the images of later turns of this model."""
     mrope = any("rope_deltas" in vars(module) for module in model.modules())
     return VERSION < (5, 23) and (mrope or model.config.model_type in _READ_BY_POSITION)
+
+
+def checkpoints(layer: nn.Module) -> bool:
+    """Whether this layer recomputes itself in a backward, so that transformers keeps no cache.
+
+    Since 5.24 it does so only where gradients are recorded.
+    """
+    on = getattr(layer, "gradient_checkpointing", False) and layer.training
+    return bool(on) and (VERSION < (5, 24) or torch.is_grad_enabled())
 
 
 def check_checkpoints(layer: nn.Module) -> None:

@@ -15,6 +15,7 @@ from dare_hf.adapters import attention_of
 from dare_hf.attention import check_attention
 from dare_hf.cache import DareCache, TokenLog
 from dare_hf.compaction import compact
+from dare_hf.compat import CACHE, checkpoints, named_cache
 from dare_hf.errors import DareStateError
 from dare_hf.hop_mask import InnerHops
 from dare_hf.hop_pruning import never_thins
@@ -196,6 +197,7 @@ class Controller:
             DareStateError: The attention implementation was changed since DARE was put on.
         """
         self._drop_stale(module)
+        kwargs = named_cache(kwargs)
         if self.disabled or self._local.contexts:
             return _without_own(kwargs)
         self.follow_adapter()
@@ -204,8 +206,7 @@ class Controller:
         call = self._local.calls[-1] if self._local.calls else None
         if call is None and self._open_simulation(module, kwargs):
             self._keep_span(kwargs)
-            return _without_own(kwargs) | {"use_cache": False, "past_key_values": None}
-        kwargs = dict(kwargs)
+            return _without_own(kwargs) | {"use_cache": False, CACHE: None}
         cache = self._cache_for(kwargs)
         started = time.perf_counter()
         taught = kwargs | self._local.lesson if call is None else kwargs
@@ -310,7 +311,7 @@ class Controller:
 
     def _cache_for(self, kwargs: dict[str, Any]) -> DareCache | None:
         """The DareCache of a forward; one is made where HF would make its own."""
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         if cache is not None:
             return self._arranged(cache)
         wanted = kwargs.get("use_cache")
@@ -318,13 +319,9 @@ class Controller:
             kwargs["use_cache"] = wanted = False
         if wanted is None:
             wanted = getattr(self.anatomy.text_config, "use_cache", True)
-        checkpointing = any(
-            getattr(layer, "gradient_checkpointing", False) and layer.training
-            for layer in self.anatomy.layers
-        )
-        if not wanted or checkpointing:
+        if not wanted or any(checkpoints(layer) for layer in self.anatomy.layers):
             return None
-        kwargs["past_key_values"] = cache = self._arranged(DareCache())
+        kwargs[CACHE] = cache = self._arranged(DareCache())
         return cache
 
     def _arranged(self, cache: DareCache) -> DareCache:

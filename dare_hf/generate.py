@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import logging
 
 from dare_hf.cache import DareCache
-from dare_hf.compat import check_new_images, check_prefill_chunks
+from dare_hf.compat import CACHE, check_new_images, check_prefill_chunks, named_cache
 from dare_hf.context import GenerationCall
 from dare_hf.errors import DareInputError, DareStateError
 from dare_hf.modality import check_mask
@@ -87,6 +87,7 @@ def routed_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
             )
         return inner(*args, **kwargs)
     controller.follow_adapter()
+    kwargs = named_cache(kwargs)
     names = ("inputs", "generation_config")
     given = dict(zip(names, args, strict=False)) | kwargs
     config = given.get("generation_config")
@@ -95,7 +96,7 @@ def routed_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     mask = kwargs.pop("modality_mask", None)
     if mask is None and controller.anatomy.spec.generates_inside:
         mask = _placeholders(given, controller.rules.vision_ids)
-    call = _call(given, kwargs.get("past_key_values"), mask)
+    call = _call(given, kwargs.get(CACHE), mask)
     ids = given.get("input_ids", given.get("inputs"))
     check_new_images(model, call.start, ids, controller.rules.vision_ids)
     call.continues = _continues(model, given, config)
@@ -111,16 +112,15 @@ def routed_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _with_cache(model: Any, kwargs: dict[str, Any], config: Any) -> dict[str, Any]:
     """The keyword arguments with a DareCache in them, where a cache is used at all."""
-    kwargs = dict(kwargs)
-    check_cache(kwargs.get("past_key_values"))
+    check_cache(kwargs.get(CACHE))
     asked = kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)
     check_implementation(asked)
     own = getattr(model.generation_config, "cache_implementation", None)
     if own is not None:
         logger.info("cache_implementation=%r of the checkpoint is replaced by DareCache", own)
         kwargs["cache_implementation"] = None
-    if kwargs.get("past_key_values") is None and _uses_cache(model, kwargs, config):
-        kwargs["past_key_values"] = DareCache()
+    if kwargs.get(CACHE) is None and _uses_cache(model, kwargs, config):
+        kwargs[CACHE] = DareCache()
     return kwargs
 
 
@@ -141,7 +141,7 @@ def _setting(model: Any, kwargs: dict[str, Any], config: Any, name: str) -> Any:
 
 def _continues(model: Any, given: dict[str, Any], config: Any) -> bool:
     """Whether the caller will hold the cache after generate returned."""
-    if given.get("past_key_values") is not None:
+    if given.get(CACHE) is not None:
         return True
     sources = (
         given.get("return_dict_in_generate"),

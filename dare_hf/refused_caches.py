@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
 from dare_hf.cache import DareCache
+from dare_hf.compat import CACHE, NEWEST, OLDEST, stray_cache, untested
 from dare_hf.errors import DareInputError, DareStateError
 
 if TYPE_CHECKING:
@@ -28,11 +31,17 @@ def check_cache(cache: Any) -> None:
     Raises:
         DareInputError: It is another cache; lengths and masks would be wrong.
     """
-    if cache is not None and not isinstance(cache, DareCache):
+    if cache is None or isinstance(cache, DareCache):
+        return
+    if isinstance(cache, PagedAttentionCache):
         raise DareInputError(
-            f"past_key_values: expected a DareCache or nothing; got {type(cache).__name__}, whose "
-            "layers cannot hold different tokens. Pass DareCache(), or leave it out"
+            f"{CACHE}: expected a DareCache or nothing; got {type(cache).__name__}: "
+            f"{_WHY_NOT_PAGED}. {_INSTEAD_OF_PAGED}"
         )
+    raise DareInputError(
+        f"{CACHE}: expected a DareCache or nothing; got {type(cache).__name__}, whose layers "
+        "cannot hold different tokens. Pass DareCache(), or leave it out"
+    )
 
 
 def check_caches(kwargs: Mapping[str, Any]) -> None:
@@ -41,11 +50,11 @@ def check_caches(kwargs: Mapping[str, Any]) -> None:
     Raises:
         DareInputError: There is one.
     """
-    check_cache(kwargs.get("past_key_values"))
-    if (paged := kwargs.get("cache")) is not None:
+    check_cache(kwargs.get(CACHE))
+    if (name := stray_cache(kwargs)) is not None:
         raise DareInputError(
-            f"cache: expected none; got {type(paged).__name__}: {_WHY_NOT_PAGED}. "
-            f"{_INSTEAD_OF_PAGED}"
+            f"{name}: expected the cache in {CACHE!r}, as transformers {OLDEST} to {NEWEST} pass "
+            f"it; got {type(kwargs[name]).__name__} there. {untested() or 'Pass it by that name'}"
         )
 
 

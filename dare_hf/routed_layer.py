@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dare_hf.attention import AttentionCall, push_queries, score_span
+from dare_hf.compat import CACHE
 from dare_hf.context import KeyView
 from dare_hf.hop_mask import restrict
 from dare_hf.masks import gather_mask
@@ -173,7 +174,7 @@ def _select(
 
 def _slot(state: LayerState, context: ForwardContext, kwargs: dict[str, Any]) -> DareLayer | None:
     """The layer's cache, where this forward has one."""
-    if context.cache is None or kwargs.get("past_key_values") is None:
+    if context.cache is None or kwargs.get(CACHE) is None:
         return None
     return context.cache.layer(state.index)
 

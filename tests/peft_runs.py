@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from dare_hf import DareConfig
 from dare_hf.attach import state_of
 from dare_hf.testing import tiny_model
+from dare_hf.training import add_adapter
 
 MODELS = ("llava", "chameleon")
 ROUNDING = 1e-5
@@ -84,7 +85,7 @@ def add_quietly(model, config, name: str) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         torch.manual_seed(1)
-        model.add_adapter(config, name)
+        add_adapter(model, config, name)
 
 
 def load_quietly(model, folder: str, name: str) -> None:

@@ -11,6 +11,7 @@ from hop_runs import closing
 from laws import FP32_TOLERANCE, SCORER, SPECIAL_IDS, TINY_MODELS, assert_close, inputs_of
 
 from dare_hf import DareConfig, apply_dare, last_report, remove_dare
+from dare_hf.compat import cache_of
 from dare_hf.testing import tiny_model
 from dare_hf.testing.samples import batch_of, samples
 from dare_hf.testing.shrink import shrunk_model
@@ -79,7 +80,7 @@ def plain_trace(model: Any, inputs: dict[str, Any], **kwargs: Any) -> Trace:
 
 
 def _trace(out: Any) -> Trace:
-    return Trace(out.sequences, torch.stack(out.logits).float(), *_stored(out.past_key_values))
+    return Trace(out.sequences, torch.stack(out.logits).float(), *_stored(cache_of(out)))
 
 
 def _stored(cache: Any) -> tuple[torch.Tensor | None, tuple[torch.Tensor, ...]]:

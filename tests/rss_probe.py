@@ -15,6 +15,7 @@ from transformers import LogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dare_hf import DareCache, DareConfig, apply_dare
+from dare_hf.compat import CACHE
 from dare_hf.testing import tiny_model
 
 ROWS, TOKENS, VISION, IMAGE_ID = 24, 256, 232, 3
@@ -87,7 +88,7 @@ def main(mode: str) -> None:
     look = Look(cache, anonymous_bytes(), mode == "leaking")
     model.generate(
         **inputs,
-        past_key_values=cache,
+        **{CACHE: cache},
         max_new_tokens=WINDOW * (HOPS - 1) + 2,
         logits_processor=[look],
         **options,

@@ -19,6 +19,7 @@ from transformers import (
 from dare_hf import accounting
 from dare_hf.accounting import LayerShape
 from dare_hf.adapters import locate
+from dare_hf.compat import CACHE
 from dare_hf.testing import TINY_MODELS, tiny_inputs, tiny_model
 
 ROWS, PROMPT = 2, 21
@@ -55,11 +56,11 @@ def test_llava_prefill_and_decode_equal_torchs_count() -> None:
     shapes = accounting.shapes_of(model.model.language_model.layers, config)
     ids = torch.randint(0, 96, (ROWS, PROMPT))
     cache = DynamicCache(config=config)
-    counted = _counted(model, input_ids=ids, past_key_values=cache)
+    counted = _counted(model, input_ids=ids, **{CACHE: cache})
     head = accounting.head_flops(config.hidden_size, config.vocab_size, ROWS * PROMPT)
     assert accounting.unpruned_flops(shapes, [PROMPT] * ROWS, [PROMPT] * ROWS) + head == counted
 
-    step = {"input_ids": ids[:, :1], "past_key_values": cache}
+    step = {"input_ids": ids[:, :1], CACHE: cache}
     counted = _counted(model, **step)
     head = accounting.head_flops(config.hidden_size, config.vocab_size, ROWS)
     keys = [[PROMPT + 1] * ROWS] * len(shapes)
@@ -79,7 +80,7 @@ def test_sliding_window_equals_torchs_count_and_the_caches_bytes() -> None:
     assert [shape.window for shape in shapes] == [window, None]
     ids, cache, seen = torch.randint(0, 96, (1, PROMPT)), DynamicCache(config=config), 0
     for q in (PROMPT, 1, 1):
-        step = {"input_ids": ids[:, :q], "past_key_values": cache}
+        step = {"input_ids": ids[:, :q], CACHE: cache}
         counted = _counted(model, **step)
         seen += q
         head = accounting.head_flops(config.hidden_size, config.vocab_size, q)

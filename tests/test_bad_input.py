@@ -22,6 +22,7 @@ from dare_hf import (
     register_scorer,
     remove_dare,
 )
+from dare_hf.compat import CACHE, cache_of
 from dare_hf.errors import (
     DareConfigError,
     DareError,
@@ -184,7 +185,7 @@ def test_a_foreign_cache_is_refused_by_type(patched, call):
     for make in BAD_CACHES.values():
         cache = make(model.config.get_text_config())
         with pytest.raises(DareInputError, match=rf"(?s)DareCache.*{type(cache).__name__}"):
-            call(model, inputs, past_key_values=cache)
+            call(model, inputs, **{CACHE: cache})
 
 
 def test_a_cache_implementation_of_the_callers_is_refused(patched):
@@ -205,7 +206,7 @@ def test_one_of_the_checkpoint_is_overridden(caplog):
     model.generation_config.cache_implementation = "static"
     with dare(model, **PRUNED):
         out = generate(model, inputs)
-    assert isinstance(out.past_key_values, DareCache)
+    assert isinstance(cache_of(out), DareCache)
     assert out.sequences.tolist() == expected.sequences.tolist()
     assert model.generation_config.cache_implementation == "static"
 
@@ -239,9 +240,7 @@ def test_embeddings_with_a_mask_are_routed_as_ids_are(call):
     with dare(model, **PRUNED):
         ids, embeds = call(model, inputs), call(model, {**bare, "modality_mask": mask})
     if call is generate:
-        assert torch.equal(
-            ids.past_key_values.kept_lengths(), embeds.past_key_values.kept_lengths()
-        )
+        assert torch.equal(cache_of(ids).kept_lengths(), cache_of(embeds).kept_lengths())
     ours, theirs = (
         torch.stack(run.logits) if call is generate else run.logits for run in (embeds, ids)
     )
@@ -274,11 +273,11 @@ def test_an_explicit_mask_overrides_the_ids():
     model = shared_model("llava")
     inputs = inputs_of(model)
     with dare(model, vision_retention=0.1, text_retention=1.0, prefix_tokens=0):
-        usual = generate(model, inputs).past_key_values.kept_lengths()
+        usual = cache_of(generate(model, inputs)).kept_lengths()
         nothing = torch.zeros_like(inputs["input_ids"])
         as_text = generate(model, {**inputs, "modality_mask": nothing})
     length = inputs["input_ids"].shape[1] + len(as_text.logits) - 1
-    assert (as_text.past_key_values.kept_lengths() == length).all()
+    assert (cache_of(as_text).kept_lengths() == length).all()
     assert (usual == length - 8).all()  # 1 of 9 image tokens
 
 
@@ -348,5 +347,5 @@ def test_a_pruned_cache_is_refused_where_dare_is_disabled(name):
         turn = {"input_ids": torch.cat([out.sequences, out.sequences[:, -1:]], dim=1)}
         turn["attention_mask"] = torch.ones_like(turn["input_ids"])
         with dare_disabled(model), pytest.raises(DareStateError, match="pruned"):
-            generate(model, turn, past_key_values=out.past_key_values)
+            generate(model, turn, **{CACHE: cache_of(out)})
         assert generate(model, inputs).sequences.tolist() == out.sequences.tolist()

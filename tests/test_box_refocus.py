@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dare_hf import DareCache, last_report
+from dare_hf.compat import CACHE, cache_of
 from dare_hf.errors import DareInputError, UnsupportedModelError
 from dare_hf.generation import BoxRefocus, HopInput, HopLoop
 
@@ -299,9 +300,9 @@ def test_bad_boxes_are_counted_and_harm_no_row():
     assert {kind: getattr(counts, kind) for kind in BAD} == {k: len(v) for k, v in BAD.items()}
     assert (counts.used, counts.boxes) == (1, len(rows) - 1)
     assert [row for row, answer in heard.answers if answer is not None] == [len(rows) - 1]
-    real = ours.past_key_values.log.modality >= 0
+    real = cache_of(ours).log.modality >= 0
     real = torch.nn.functional.pad(real, (0, 1), value=True)
-    own = plain.past_key_values.log.modality >= 0
+    own = cache_of(plain).log.modality >= 0
     own = torch.nn.functional.pad(own, (0, 1), value=True)
     for row in range(len(kinds)):
         assert ours.sequences[row, real[row]].tolist() == plain.sequences[row, own[row]].tolist()
@@ -374,7 +375,7 @@ def test_a_chat_turn_refers_to_the_pictures_it_brings(name):
     needs_later_images(model)
     first, more = inputs_of(model, (1, 2)), inputs_of(model, (2, 1), seed=5)
     with dare(model, **PRUNED):
-        out = generate(model, first, past_key_values=cache)
+        out = generate(model, first, **{CACHE: cache})
         ids = torch.cat([out.sequences, more["input_ids"]], dim=1)
         turn = {"input_ids": ids, "mm_encoder_outputs": more["mm_encoder_outputs"]}
         written = torch.ones_like(out.sequences[:, first["input_ids"].shape[1] :])
@@ -384,7 +385,7 @@ def test_a_chat_turn_refers_to_the_pictures_it_brings(name):
             turn["mm_token_type_ids"] = (ids == IMAGE_ID).long()
             old, new = first["image_grid_thw"], more["image_grid_thw"]
             turn["image_grid_thw"] = torch.cat([old[:1], new[:2], old[1:], new[2:]])
-        run(model, turn, [says(BOX)] * 2, heard, past_key_values=cache)
+        run(model, turn, [says(BOX)] * 2, heard, **{CACHE: cache})
     vectors = more["mm_encoder_outputs"]["image"].pooler_output
     thw = more.get("image_grid_thw", torch.tensor([[1, 6, 6]] * 3)).tolist()
     grids = [v.reshape(h // 2, w // 2, -1) for v, (_, h, w) in zip(vectors, thw, strict=True)]

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from dare_hf.cache import DareCache
+from dare_hf.compat import CACHE
 
 # The same sums in another memory layout: a few units in the last place of logits around 10.
 LOGITS_TOLERANCE = 1e-5
@@ -50,8 +51,8 @@ def test_logits_of_prefill_chunks_and_steps(model, inputs, attention):
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     for start, end in [(0, 9), (9, 20), (20, 21), (21, 22)]:
         kwargs = {"attention_mask": mask[:, :end], "input_ids": ids[:, start:end]}
-        expected = model(past_key_values=theirs, **kwargs).logits
-        got = model(past_key_values=ours, **kwargs).logits
+        expected = model(**{CACHE: theirs}, **kwargs).logits
+        got = model(**{CACHE: ours}, **kwargs).logits
         torch.testing.assert_close(got, expected, rtol=0, atol=LOGITS_TOLERANCE)
         assert ours.get_seq_length() == theirs.get_seq_length() == end
 
@@ -72,7 +73,7 @@ def test_generate(model, inputs, how):
     for cache in (DynamicCache(config=model.config), DareCache()):
         torch.manual_seed(1)
         kwargs = {**inputs, **how, "max_new_tokens": 12}
-        tokens.append(model.generate(past_key_values=cache, **kwargs))
+        tokens.append(model.generate(**{CACHE: cache}, **kwargs))
     assert torch.equal(*tokens)
 
 
@@ -85,7 +86,7 @@ def test_speculative_decoding_crops(model, inputs, how):
         extra = {"prompt_lookup_num_tokens": 4}
     expected = model.generate(ids, max_new_tokens=24)
     cache = DareCache()
-    got = model.generate(ids, past_key_values=cache, max_new_tokens=24, **extra)
+    got = model.generate(ids, **{CACHE: cache}, max_new_tokens=24, **extra)
     assert torch.equal(got, expected)
     assert cache.get_seq_length() == ids.shape[1] + 23
 
@@ -93,10 +94,10 @@ def test_speculative_decoding_crops(model, inputs, how):
 def test_a_cache_is_carried_to_the_next_turn(model, inputs):
     ids = inputs["input_ids"][1:]
     cache = DareCache()
-    first = model.generate(ids, past_key_values=cache, max_new_tokens=5)
+    first = model.generate(ids, **{CACHE: cache}, max_new_tokens=5)
     turn = torch.cat([first, ids[:, :4]], dim=1)
     expected = model.generate(turn, max_new_tokens=5)
-    assert torch.equal(model.generate(turn, past_key_values=cache, max_new_tokens=5), expected)
+    assert torch.equal(model.generate(turn, **{CACHE: cache}, max_new_tokens=5), expected)
 
 
 def test_training_through_the_cache(model, inputs):
@@ -106,9 +107,9 @@ def test_training_through_the_cache(model, inputs):
     with torch.enable_grad():
         for cache in (DynamicCache(config=model.config), DareCache()):
             model.zero_grad()
-            model(ids[:, :6], past_key_values=cache)
-            model(ids[:, 6:7], past_key_values=cache)
-            model(ids[:, 7:12], past_key_values=cache).logits.sum().backward()
+            model(ids[:, :6], **{CACHE: cache})
+            model(ids[:, 6:7], **{CACHE: cache})
+            model(ids[:, 7:12], **{CACHE: cache}).logits.sum().backward()
             grads.append(weight.grad.clone())
     torch.testing.assert_close(*grads)
 
@@ -120,6 +121,6 @@ def test_inference_mode_and_no_grad_can_take_turns(model, inputs):
     modes = [torch.inference_mode, torch.inference_mode, torch.no_grad, torch.inference_mode]
     for i, mode in enumerate(modes):
         with mode():
-            got = model(ids[:, i * 3 : i * 3 + 3], past_key_values=cache).logits
-    got = model(ids[:, 12:], past_key_values=cache).logits[:, -1]
+            got = model(ids[:, i * 3 : i * 3 + 3], **{CACHE: cache}).logits
+    got = model(ids[:, 12:], **{CACHE: cache}).logits[:, -1]
     torch.testing.assert_close(got, expected, rtol=0, atol=LOGITS_TOLERANCE)

@@ -5,6 +5,7 @@ import torch
 
 from dare_hf import DareCache, last_report
 from dare_hf.adapters import locate
+from dare_hf.compat import CACHE, cache_of
 from dare_hf.conformance.laws import PRUNED, hold_run
 from dare_hf.conformance.subject import Subject
 from dare_hf.errors import DareInputError
@@ -36,7 +37,7 @@ def test_a_failed_forward_leaves_the_states_as_they_were(subjects, name):
     with subject.dare(**PRUNED), torch.no_grad():
         cache, whole = DareCache(), DareCache()
         for each in (cache, whole):
-            subject.forward(batch, past_key_values=each, use_cache=True)
+            subject.forward(batch, **{CACHE: each}, use_cache=True)
         step = {"input_ids": torch.tensor([[20]]), "use_cache": True}
         if name == "mllama":
             step["cross_attention_mask"] = batch.inputs["cross_attention_mask"][:, -1:]
@@ -46,10 +47,10 @@ def test_a_failed_forward_leaves_the_states_as_they_were(subjects, name):
 
         handle = last.register_forward_pre_hook(fail)
         with pytest.raises(KeyError, match="broken"):
-            subject.model(**step, past_key_values=cache)
+            subject.model(**step, **{CACHE: cache})
         handle.remove()
-        again = subject.model(**step, past_key_values=cache).logits
-        assert torch.equal(again, subject.model(**step, past_key_values=whole).logits)
+        again = subject.model(**step, **{CACHE: cache}).logits
+        assert torch.equal(again, subject.model(**step, **{CACHE: whole}).logits)
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
@@ -59,9 +60,9 @@ def test_a_cache_that_was_reset_starts_anew(subjects, name):
     with subject.dare(**PRUNED):
         fresh = subject.generate(batch)
         cache = DareCache(subject.model.config)
-        subject.generate(batch, past_key_values=cache)
+        subject.generate(batch, **{CACHE: cache})
         cache.reset()
-        hold_run(subject, subject.generate(batch, past_key_values=cache), fresh, "after reset")
+        hold_run(subject, subject.generate(batch, **{CACHE: cache}), fresh, "after reset")
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
@@ -73,7 +74,7 @@ def test_the_report_says_what_is_not_routed(subjects, name):
         report = last_report(subject.model)
     assert any("run every token" in note for note in report.notes)
     assert len(report.retention[0]) == len(anatomy.layers)
-    assert len(out.past_key_values.kept_lengths()) == len(anatomy.layers)
+    assert len(cache_of(out).kept_lengths()) == len(anatomy.layers)
     assert len(anatomy.unrouted) == 2
     assert anatomy.slots == tuple(sorted(anatomy.slots))
 
@@ -84,7 +85,7 @@ def test_a_cache_filled_by_another_model_is_refused(subjects):
         subject = subjects[name]
         with subject.dare(**PRUNED):
             if not raises:
-                subject.forward(subject.batches["alone"], past_key_values=cache, use_cache=True)
+                subject.forward(subject.batches["alone"], **{CACHE: cache}, use_cache=True)
                 continue
             with pytest.raises(DareInputError, match="another model"):
-                subject.forward(subject.batches["alone"], past_key_values=cache, use_cache=True)
+                subject.forward(subject.batches["alone"], **{CACHE: cache}, use_cache=True)

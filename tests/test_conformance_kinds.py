@@ -8,6 +8,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from dare_hf import DareCache
 from dare_hf.adapters import SPECS
+from dare_hf.compat import CACHE
 from dare_hf.conformance import architectures
 from dare_hf.conformance.subject import Subject
 from dare_hf.testing.clips import FRAMES, clip_of
@@ -54,7 +55,7 @@ def test_frames_keep_their_places_in_time():
     with subject.dare(text_retention=1.0, vision_retention=0.5):
         handle = layer.self_attn.register_forward_pre_hook(watch, with_kwargs=True)
         cache = DareCache()
-        subject.forward(batch, past_key_values=cache, use_cache=True)
+        subject.forward(batch, **{CACHE: cache}, use_cache=True)
         handle.remove()
     held = cache.layer(len(cache.layers) - 1).positions()
     rotary = subject.model.model.language_model.rotary_emb(seen[0], given)[0]
@@ -73,7 +74,7 @@ def test_audio_is_never_pruned_unless_it_is_called_vision():
     for name, fields in (("audio", {}), ("vision", {"image_token_ids": (3, 6, AUDIO_ID)})):
         cache = DareCache()
         with subject.dare(text_retention=0.3, vision_retention=0.3, **fields):
-            subject.forward(batch, past_key_values=cache, use_cache=True)
+            subject.forward(batch, **{CACHE: cache}, use_cache=True)
         kept = [set(layer.positions()[0].tolist()) for layer in cache.layers]
         stored[name] = [sum(int(w) in layer for w in words) for layer in kept]
     assert stored["audio"] == [len(words)] * len(stored["audio"])

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dare_hf import DareCache, DareConfig
+from dare_hf.compat import CACHE, cache_of
 from dare_hf.demo import embedded
 from dare_hf.demo.rates_picture import draw_rates
 from dare_hf.errors import DareConfigError, DareStateError
@@ -26,7 +27,7 @@ def test_hops_are_noted_in_their_first_forward(name: str) -> None:
     cache = DareCache()
     watch = HopWatch(cache)
     armed = Arm("x", config).on(model)
-    closing(armed, inputs, [{2, 6}], streamer=watch, past_key_values=cache, max_new_tokens=12)
+    closing(armed, inputs, [{2, 6}], streamer=watch, **{CACHE: cache}, max_new_tokens=12)
     length = inputs["input_ids"].shape[1]
     begun = [seen for seen, _ in watch.states]
     # After the prompt, and when the token after each delimiter has been processed.
@@ -68,7 +69,7 @@ def test_the_plain_sides_cost_is_what_transformers_runs() -> None:
     cost(BatchOutput((0, 1), inputs, output, inputs["input_ids"].shape[1]))
     assert cost.flops == counter.get_total_flops()
     assert cost.sampled == 10
-    layers = output.past_key_values.layers
+    layers = cache_of(output).layers
     stored = sum(t.numel() * t.itemsize for layer in layers for t in (layer.keys, layer.values))
     assert cost.kv_bytes == stored
 

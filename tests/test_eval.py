@@ -30,6 +30,7 @@ from dare_hf.recipes import load_recipe
 from dare_hf.report import DareReport
 from dare_hf.tasks import teaching, vocot
 from dare_hf.testing import tiny_model
+from dare_hf.training import add_adapter
 
 SCENE = TASKS["scene"]
 EVAL_KEYS = {"model", "task", "split", "seed", "arm", "parts", "n", "accuracy", "accuracy_interval"}
@@ -145,7 +146,7 @@ def test_an_adapter_of_another_model_is_refused(runner, tmp_path, trained_volcan
         trained_arm("x", trained_volcano / "dare").on(other)
     deeper = tiny_model("llava", num_hidden_layers=12)
     for name, model in (("wide", other), ("deep", deeper)):
-        model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        add_adapter(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tiny model has no name on the hub
             model.save_pretrained(tmp_path / name)

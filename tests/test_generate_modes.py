@@ -21,6 +21,7 @@ from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from dare_hf import DareCache, DareConfig, apply_dare, remove_dare
+from dare_hf.compat import cache_of
 from dare_hf.testing import tiny_model
 
 LONGER = 14
@@ -69,7 +70,7 @@ def test_a_mode_is_token_identical_at_retention_one(name, mode, rows):
         routed = generate(model, inputs, **MODES[mode])
     assert_same_run(routed, plain, what=f"{name}, {mode}")
     if mode != "no_cache":
-        assert isinstance(routed.past_key_values, DareCache)
+        assert isinstance(cache_of(routed), DareCache)
 
 
 @pytest.mark.parametrize("fields", [everything(), PRUNED], ids=["full", "pruned"])
@@ -88,7 +89,7 @@ def test_speculation_is_token_identical_to_greedy(name, mode, fields):
         assert greedy.sequences.tolist() != plain.sequences.tolist(), "the pruning pruned nothing"
     else:
         assert greedy.sequences.tolist() == plain.sequences.tolist()
-    assert fast.past_key_values.get_seq_length() < fast.sequences.shape[1]
+    assert cache_of(fast).get_seq_length() < fast.sequences.shape[1]
 
 
 @pytest.mark.parametrize("scorer", ["attention", "random", "position", "key_norm"])
@@ -175,7 +176,7 @@ def test_each_chunk_of_a_prefill_is_a_span_of_its_own(name):
     length, chunk = inputs["input_ids"].shape[1], 7
     with dare(model, vision_retention=0.5, text_retention=0.5, prefix_tokens=0):
         out = generate(model, inputs, prefill_chunk_size=chunk, max_new_tokens=1)
-    kept = out.past_key_values.kept_lengths()
+    kept = cache_of(out).kept_lengths()
     chunks = -(-length // chunk)
     # k rounds up for each modality of each chunk, and a chunk's last token may exceed it.
     assert (kept >= length // 2).all()

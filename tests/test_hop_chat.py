@@ -23,6 +23,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dare_hf import DareCache, last_report
+from dare_hf.compat import CACHE
 from dare_hf.routing.reference import budget
 from dare_hf.testing import modality_of, written_inputs
 
@@ -65,10 +66,10 @@ def two_turns(model, cache, *, rows=1, run=generate):
     """Run two turns over one cache; each row brings an image in both."""
     needs_later_images(model)
     inputs = inputs_of(model, (1,) * rows)
-    first = run(model, inputs, past_key_values=cache)
+    first = run(model, inputs, **{CACHE: cache})
     more = inputs_of(model, (1,) * rows, seed=5, text=9)
     turn = next_turn(model, inputs, first.sequences, more)
-    second = run(model, turn, past_key_values=cache)
+    second = run(model, turn, **{CACHE: cache})
     return inputs, first, more, turn, second
 
 
@@ -172,12 +173,12 @@ def test_a_turn_by_hand_is_a_turn_of_generate(scorer):
     inputs = inputs_of(model)
     fields = {"scorer": scorer, **PRUNED, "hop_delimiters": (DELIMITER,)}
     with dare(model, **fields):
-        runs = [said(model, inputs, past_key_values=cache) for cache in caches]
+        runs = [said(model, inputs, **{CACHE: cache}) for cache in caches]
         more = inputs_of(model, (1,), seed=5, text=9)
         turn = next_turn(model, inputs, runs[0].sequences, more)
-        out = generate(model, turn, past_key_values=caches[0], max_new_tokens=1)
+        out = generate(model, turn, **{CACHE: caches[0]}, max_new_tokens=1)
         message = {**turn, "input_ids": turn["input_ids"][:, caches[1].get_seq_length() :]}
-        logits = forward(model, message, past_key_values=caches[1], use_cache=True).logits
+        logits = forward(model, message, **{CACHE: caches[1]}, use_cache=True).logits
     assert_close(logits[:, -1], out.logits[0], tolerance=FP32_TOLERANCE, what="first step")
     assert caches[0].kept_lengths().tolist() == caches[1].kept_lengths().tolist()
     assert caches[0].hops.tolist() == caches[1].hops.tolist() == [4]

@@ -19,6 +19,7 @@ from laws import (
 from transformers.generation.streamers import BaseStreamer
 
 from dare_hf import DareCache, DareConfig, last_report
+from dare_hf.compat import CACHE, cache_of
 from dare_hf.generation import HopInput, HopLoop
 from dare_hf.testing import collate, tiny_model
 
@@ -45,7 +46,7 @@ def some_words(hop):
 
 def real_columns(out):
     """Bool[B, N] of the sequences: what the cache has seen, and the last sampled token."""
-    seen = out.past_key_values.log.modality >= 0
+    seen = cache_of(out).log.modality >= 0
     return torch.nn.functional.pad(seen, (0, 1), value=True)
 
 
@@ -72,7 +73,7 @@ def test_a_loop_that_injects_nothing_is_the_run_without_it(name, rows, mode):
     assert_same_run(ours, plain, tolerance=0, what=name)
     for left, right in zip(ours.scores, plain.scores, strict=True):
         assert torch.equal(left, right)
-    assert_same_state(ours.past_key_values, plain.past_key_values)
+    assert_same_state(cache_of(ours), cache_of(plain))
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
@@ -196,7 +197,7 @@ def test_a_loop_serves_a_later_turn(name, chunk):
         turn = {"input_ids": ids, "attention_mask": mask}
         if name == "gemma3":
             turn["token_type_ids"] = (ids == featured.token).long()
-        out = looped(model, turn, featured, past_key_values=first.past_key_values)
+        out = looped(model, turn, featured, **{CACHE: cache_of(first)})
     assert featured.rows
     full = recomputed(model, parts, inputs, out, featured)
     assert_steps_are(full, out, ids.shape[1], name)
@@ -204,7 +205,7 @@ def test_a_loop_serves_a_later_turn(name, chunk):
 
 def sampled_tokens(out, row, prompt):
     """Columns of one row that hold sampled tokens: those whose logits chose them."""
-    spans = out.past_key_values.hop_counters.injected
+    spans = cache_of(out).hop_counters.injected
     inside = {c for start, end in spans for c in range(start, end)}
     columns = [c for c in range(prompt, out.sequences.shape[1]) if c not in inside]
     assert len(columns) == len(out.logits)
@@ -251,21 +252,21 @@ def test_an_injection_is_the_span_that_a_loop_of_ones_own_would_run(name, fields
         out = looped(model, inputs, note)
         cache, step = DareCache(), 0
         # A prompt of one sampled token: generate prepares the inputs, bare forwards follow.
-        generate(model, inputs, max_new_tokens=1, past_key_values=cache)
+        generate(model, inputs, max_new_tokens=1, **{CACHE: cache})
         queue = [ids for ids in injected if ids]
         at = inputs["input_ids"].shape[1]
-        spans = dict(out.past_key_values.hop_counters.injected)
+        spans = dict(cache_of(out).hop_counters.injected)
         assert [b - a for a, b in spans.items()] == [len(ids) for ids in queue]
         while at < out.sequences.shape[1] - 1:
             end = spans.get(at, at + 1)
-            logits = model(input_ids=out.sequences[:, at:end], past_key_values=cache).logits
+            logits = model(input_ids=out.sequences[:, at:end], **{CACHE: cache}).logits
             at = end
             if at not in spans:
                 step += 1
                 what = f"{name}, step {step}"
                 assert_close(logits[:, -1], out.logits[step], tolerance=FP32_TOLERANCE, what=what)
     assert spans
-    assert_same_state(out.past_key_values, cache)
+    assert_same_state(cache_of(out), cache)
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
@@ -279,7 +280,7 @@ def test_a_chat_turn_goes_on_after_a_loop(name):
         ids = torch.cat([first.sequences, told], dim=1)
         mask = torch.nn.functional.pad(real_columns(first), (0, 2), value=True).long()
         turn = {"input_ids": ids, "attention_mask": mask}
-        second = generate(model, turn, past_key_values=first.past_key_values, max_new_tokens=2)
+        second = generate(model, turn, **{CACHE: cache_of(first)}, max_new_tokens=2)
     with torch.no_grad():
         full = recomputed(model, parts, inputs, second, featured)
     assert_close(second.logits[0], full[:, -2].float(), tolerance=FP32_TOLERANCE, what=name)
@@ -310,7 +311,7 @@ def test_max_hops_ends_injection_not_generation():
         out = looped(model, inputs, inject, max_hops=2)
         assert seen == [1, 2]
         assert len(out.logits) == NEW
-        assert out.past_key_values.hops.tolist()[0] > 3
+        assert cache_of(out).hops.tolist()[0] > 3
         assert looped(model, inputs, inject, max_hops=0).sequences.tolist()
     assert seen == [1, 2]
 

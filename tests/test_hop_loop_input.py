@@ -14,6 +14,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from dare_hf import DareCache, DareConfig, apply_dare, dare_disabled, last_report, remove_dare
+from dare_hf.compat import CACHE, cache_of
 from dare_hf.demo.embedded import load_embedded
 from dare_hf.errors import DareConfigError, DareError, DareInputError, DareStateError
 from dare_hf.generation import HopInput, HopLoop
@@ -290,7 +291,7 @@ def test_a_crash_leaves_model_and_cache_usable(name, where):
     with dare(model, **PRUNED):
         before = run(model, HopInput(input_ids=[50]))
         with pytest.raises(Crash):
-            run(model, crash, past_key_values=cache, eos_token_id=None)
+            run(model, crash, **{CACHE: cache}, eos_token_id=None)
         for hook in hooks:
             hook.remove()
         assert not model.get_input_embeddings()._forward_hooks
@@ -298,7 +299,7 @@ def test_a_crash_leaves_model_and_cache_usable(name, where):
         assert len(cache.log) == seen
         assert last_report(model).kv_bytes == cache.kv_bytes() > 0
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([[50]]), past_key_values=cache).logits
+            logits = model(input_ids=torch.tensor([[50]]), **{CACHE: cache}).logits
         assert logits.isfinite().all()
         assert cache.get_seq_length() == seen + 1
         assert_same_run(run(model, HopInput(input_ids=[50])), before, tolerance=0, what="again")
@@ -356,7 +357,7 @@ def test_the_callback_may_use_the_model():
         theirs = run(model, HopInput(input_ids=[50]))
         ours = run(model, answer)
         assert_same_run(ours, theirs, tolerance=0, what="nested")
-        caches = [out.past_key_values for out in (ours, theirs)]
+        caches = [cache_of(out) for out in (ours, theirs)]
         assert torch.equal(*(cache.kept_lengths() for cache in caches))
 
 

@@ -10,6 +10,7 @@ from hop_runs import BY_WORD, LONG, PRUNED, closing, held
 from laws import SCORER, TINY_MODELS, dare, inputs_of, shared_model
 
 from dare_hf import DareCache, last_report
+from dare_hf.compat import CACHE, cache_of
 from dare_hf.routing.reference import budget
 from dare_hf.testing import decoder_layers, modality_of
 
@@ -92,7 +93,7 @@ def test_after_any_number_of_hops_the_bytes_are_the_predicted_ones(name, budgets
     inputs = inputs_of(model, (0, 1, 2))
     modality = modality_of(model, inputs)
     with dare(model, **RATES, hop_delimiters=(12,), hop_budget=budgets):
-        cache = closing(model, inputs, STEPS).past_key_values
+        cache = cache_of(closing(model, inputs, STEPS))
         report = last_report(model)
     wanted = []
     for row, ends in enumerate(STEPS):
@@ -136,7 +137,7 @@ def test_twelve_hops_stay_within_the_bound_at_every_token(name, run):
             hold_bound(model, cache)
             hops.append(int(cache.hops.max()))
 
-        closing(model, inputs, [[]] * 3, max_new_tokens=38, watch=look, past_key_values=cache)
+        closing(model, inputs, [[]] * 3, max_new_tokens=38, watch=look, **{CACHE: cache})
         report = last_report(model)
     assert hops == sorted(hops)
     assert hops[-1] == 13
@@ -155,7 +156,7 @@ def test_text_without_delimiters_stays_bounded():
             [[]],
             max_new_tokens=49,
             watch=lambda ids: kept.append(int(cache.kept_lengths().max())),
-            past_key_values=cache,
+            **{CACHE: cache},
         )
     assert int(cache.hops[0]) == 13
     assert max(kept) <= 16 + 4
@@ -172,7 +173,7 @@ def test_a_compaction_lets_the_old_memory_go():
             hop = int(cache.hops[0])
             slabs.setdefault(hop, [weakref.ref(layer._slabs) for layer in cache.layers])
 
-        closing(model, inputs, [[3, 8, 12]], watch=look, past_key_values=cache)
+        closing(model, inputs, [[3, 8, 12]], watch=look, **{CACHE: cache})
         gc.collect()
         report = last_report(model)
     assert len(slabs) == 4
@@ -200,7 +201,7 @@ def test_the_cap_holds_after_the_prompt_and_at_every_hop(name, scores, ends):
                 closed = (of >= 0) & (of < hop.clamp(min=1)[:, None])
                 seen.append(closed.sum(1).tolist())
 
-        closing(model, inputs, STEPS, watch=look, past_key_values=cache)
+        closing(model, inputs, STEPS, watch=look, **{CACHE: cache})
     assert seen[:LAYERS] == [[cap] * 3] * LAYERS, "the prompt has more than the cap"
     assert max(max(rows) for rows in seen) == cap
 
@@ -223,7 +224,7 @@ def test_forced_tokens_outlive_every_compaction(name, scores, pruned):
             inputs,
             STEPS,
             watch=lambda ids: seen.append(held(cache, size)),
-            past_key_values=cache,
+            **{CACHE: cache},
         )
     for step, layers in enumerate(seen):
         for row, ends in enumerate(STEPS):
@@ -253,7 +254,7 @@ def test_the_report_says_what_was_held_when_each_hop_began():
                 shares.append([float((layer[0] & m).sum() / m.sum()) for m in both])
             found[hop] = shares
 
-        closing(model, inputs, [[2, 5, 11]], watch=look, past_key_values=cache)
+        closing(model, inputs, [[2, 5, 11]], watch=look, **{CACHE: cache})
         report = last_report(model)
     assert sorted(found) == [0, 1, 2, 3, 4]
     assert len(report.retention) == 5

@@ -20,6 +20,7 @@ from laws import (
 )
 
 from dare_hf import DareCache, register_scorer
+from dare_hf.compat import CACHE, cache_of
 from dare_hf.routing.retention import build_table
 from dare_hf.testing import (
     HopRules,
@@ -124,7 +125,7 @@ def test_generate_with_hops_is_the_oracle(name, routing, rows):
     oracle = hop_forward(plain, written, even_scores, *oracle_rules(fields), span=span)
     hold_steps(out, oracle.logits, span, what=f"{name}, {routing}")
     kept = torch.stack([layer.sum(1) for layer in oracle.held])
-    cache = out.past_key_values
+    cache = cache_of(out)
     assert cache.kept_lengths().tolist() == kept.tolist()
     for layer, (ours, theirs) in enumerate(
         zip(held(cache, written["input_ids"].shape[1]), oracle.held, strict=True)
@@ -196,7 +197,7 @@ def test_whatever_a_hop_keeps_the_logits_are_the_oracles(name, scores, rows):
             inputs,
             steps_for(inputs),
             watch=lambda ids: seen.append(held(cache, size)),
-            past_key_values=cache,
+            **{CACHE: cache},
         )
     assert min(cache.hops) >= 2
     real = torch.nn.functional.pad(inputs["attention_mask"].bool(), (0, LONG - 1), value=True)
@@ -244,7 +245,7 @@ def test_the_teacher_forced_forward_is_generate_step_by_step(name, teaching, row
         labels[:, :span] = -100
         taught = forward(model, written, labels=labels)
     assert new_tokens(inputs, out).shape[1] == LONG
-    assert taught.past_key_values is None
+    assert cache_of(taught) is None
     hold_steps(out, taught.logits, span, what=f"{name}, {teaching}")
 
 

@@ -11,6 +11,7 @@ from hop_runs import PRUNED, chatter, held, new_tokens, words_said
 from laws import SCORER, TINY_MODELS, dare, forward, inputs_of, shared_model
 
 from dare_hf import DareCache
+from dare_hf.compat import CACHE, cache_of
 from dare_hf.testing import tiny_model
 
 
@@ -65,9 +66,9 @@ def greedy(name: str, key: str, pruned: str):
 
 def settled(model, out):
     """What the cache holds once the next token begins the hops that the last step has closed."""
-    cache = out.past_key_values
+    cache = cache_of(out)
     assert cache.get_seq_length() == out.sequences.shape[1] - 1
-    forward(model, {"input_ids": out.sequences[:, -1:]}, past_key_values=cache, use_cache=True)
+    forward(model, {"input_ids": out.sequences[:, -1:]}, **{CACHE: cache}, use_cache=True)
     return {
         "hops": cache.hops.tolist(),
         "kept": cache.kept_lengths().tolist(),
@@ -101,7 +102,7 @@ def test_hops_do_begin_inside_verified_steps(mode):
 
         handle = model.register_forward_hook(look, with_kwargs=True)
         try:
-            fast = chatter(model, inputs, past_key_values=cache, **SPECULATION[mode]("gemma3"))
+            fast = chatter(model, inputs, **{CACHE: cache}, **SPECULATION[mode]("gemma3"))
         finally:
             handle.remove()
     assert fast.sequences.tolist() == sequences

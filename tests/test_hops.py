@@ -21,6 +21,7 @@ from laws import (
 from transformers import LogitsProcessor
 
 from dare_hf import DareCache, DareConfig, apply_dare, last_report, remove_dare
+from dare_hf.compat import CACHE, cache_of
 from dare_hf.errors import DareConfigError
 from dare_hf.testing import collate
 
@@ -45,7 +46,7 @@ class Processor:
 
 
 def hops_after(model, inputs, steps, *, token=DELIMITER, **kwargs) -> list[int]:
-    return closing(model, inputs, steps, token=token, **kwargs).past_key_values.hops.tolist()
+    return cache_of(closing(model, inputs, steps, token=token, **kwargs)).hops.tolist()
 
 
 @pytest.mark.parametrize(
@@ -90,9 +91,7 @@ def test_an_image_that_the_model_wrote_ends_a_hop():
     inputs = inputs_of(model)
     image = (4, 103, 117, 101, end)
     with dare(model, **PRUNED, hop_delimiters=(end,)):
-        cache = closing(
-            model, inputs, [[6, 12]], token=image, suppress_tokens=[3, 6]
-        ).past_key_values
+        cache = cache_of(closing(model, inputs, [[6, 12]], token=image, suppress_tokens=[3, 6]))
         report = cache.report
     assert cache.hops.tolist() == [3]
     assert report.tokens["vision"][1:] == [3, 3] + [0] * (len(report.tokens["vision"]) - 3)
@@ -118,15 +117,15 @@ def test_delimiters_of_the_prompt_do_not_count():
     inputs["input_ids"][:, -1] = PAIR[0]
     with dare(model, **PRUNED, hop_delimiters=(DELIMITER, PAIR)):
         out = closing(model, inputs, [[0], []], token=PAIR[1])
-        assert out.past_key_values.hops.tolist() == [1, 1]
-        assert forward(model, inputs, use_cache=True).past_key_values.hops.tolist() == [1, 1]
+        assert cache_of(out).hops.tolist() == [1, 1]
+        assert cache_of(forward(model, inputs, use_cache=True)).hops.tolist() == [1, 1]
 
 
 def test_a_delimiter_belongs_to_the_hop_it_closes():
     model = shared_model("llava")
     inputs = inputs_of(model, (1, 1))
     with dare(model, **BY_WORD):
-        cache = closing(model, inputs, [[0, 3], [4]], max_new_tokens=8).past_key_values
+        cache = cache_of(closing(model, inputs, [[0, 3], [4]], max_new_tokens=8))
     span = inputs["input_ids"].shape[1]
     assert cache.log.hop[:, :span].unique().tolist() == [0]
     assert cache.log.hop[:, span:].tolist() == [[1, 2, 2, 2, 3, 3, 3], [1, 1, 1, 1, 1, 2, 2]]
@@ -154,7 +153,7 @@ def test_rates_beyond_the_table_are_its_last(fields):
             kinds, _ = cache.log.lookup(where)
             seen.setdefault(int(cache.log.hop[0, -1]), int((kinds == 1).sum()))
 
-        closing(model, inputs, steps, watch=look, past_key_values=cache)
+        closing(model, inputs, steps, watch=look, **{CACHE: cache})
     top = fields.get("max_hops", 8) - 1
     decay = 1.0 if fields.get("hop_aware") is False else 0.7
     rates = [0.9 * decay ** max(min(hop, top) - 1, 0) for hop in seen]
@@ -166,7 +165,7 @@ def test_crop_rolls_the_counter_back():
     model = shared_model("llava")
     inputs, cache = inputs_of(model, (0, 1)), DareCache()
     with dare(model, **BY_WORD):
-        out = closing(model, inputs, [[1, 4], [3]], max_new_tokens=8, past_key_values=cache)
+        out = closing(model, inputs, [[1, 4], [3]], max_new_tokens=8, **{CACHE: cache})
         assert cache.hops.tolist() == [3, 2]
         cache.crop(-2)
         assert cache.hops.tolist() == [3, 2]
@@ -176,7 +175,7 @@ def test_crop_rolls_the_counter_back():
         assert cache.hops.tolist() == [1, 1]
         step = {"input_ids": out.sequences[:, -7:-6]}
         assert step["input_ids"].tolist()[0] == [DELIMITER]
-        forward(model, step, past_key_values=cache, use_cache=True)
+        forward(model, step, **{CACHE: cache}, use_cache=True)
     assert cache.hops.tolist() == [2, 1]
     cache.reset()
     assert cache.hops.tolist() == []
@@ -205,7 +204,7 @@ def test_rows_in_different_hops_do_not_see_each_other(name, scores, pruned):
     with dare(model, **{**BY_WORD, **SCORES[scores], "pruned": pruned}):
         together = collate(model, rows)
         batch = closing(model, together, STEPS)
-        assert batch.past_key_values.hops.tolist() == [3, 5, 3]
+        assert cache_of(batch).hops.tolist() == [3, 5, 3]
         width = together["input_ids"].shape[1]
         for row, one in enumerate(rows):
             inputs = collate(model, [one])
@@ -216,8 +215,8 @@ def test_rows_in_different_hops_do_not_see_each_other(name, scores, pruned):
                 assert_close(left[row], right[0], tolerance=FP32_TOLERANCE, what=f"row {row}")
             pads = width - inputs["input_ids"].shape[1]
             for left, right in zip(
-                held(batch.past_key_values, width + LONG - 1),
-                held(alone.past_key_values, width - pads + LONG - 1),
+                held(cache_of(batch), width + LONG - 1),
+                held(cache_of(alone), width - pads + LONG - 1),
                 strict=True,
             ):
                 assert left[row, pads:].tolist() == right[0].tolist(), f"row {row}"
@@ -257,8 +256,8 @@ def test_a_row_that_finished_early_leaves_the_others_alone(scores):
     assert new_tokens(inputs, ended)[1, 4:].unique().tolist() == [0, end]
     for row in (0, 2):
         assert ended.sequences[row].tolist() == whole.sequences[row].tolist()
-    assert ended.past_key_values.hops.tolist() == [3, 1, 3]
-    ours, theirs = (run.past_key_values.kept_lengths()[:, [0, 2]] for run in (ended, whole))
+    assert cache_of(ended).hops.tolist() == [3, 1, 3]
+    ours, theirs = (cache_of(run).kept_lengths()[:, [0, 2]] for run in (ended, whole))
     assert ours.tolist() == theirs.tolist()
     assert report.kv_bytes == report.kv_bytes_predicted
 
@@ -291,7 +290,7 @@ def test_modes_of_generate_run_with_hops(name, mode, scores):
     fields = {**PRUNED, **SCORES[scores], "hop_delimiters": tuple(range(10, 100, 3))}
     with dare(model, **fields):
         runs = [generate(model, inputs, max_new_tokens=14, seed=3, **MODES[mode]) for _ in "ab"]
-        report, cache = last_report(model), runs[1].past_key_values
+        report, cache = last_report(model), cache_of(runs[1])
     assert_same_run(runs[0], runs[1], tolerance=0.0, what="the same seed")
     assert int(cache.hops.max()) >= 3
     assert len(cache.hops) == 3 * MODES[mode].get("num_beams", 1) * (
@@ -328,7 +327,7 @@ def test_a_beam_carries_its_own_hops(name, scores):
         beams = generate(model, inputs, num_beams=3, **three)
         follow = [Follow(beams.sequences)]
         alone = generate(model, inputs, do_sample=True, logits_processor=follow, **three)
-    assert len(set(alone.past_key_values.hops.tolist())) > 1, "all beams are in one hop"
+    assert len(set(cache_of(alone).hops.tolist())) > 1, "all beams are in one hop"
     steps = torch.stack(alone.logits, dim=1).log_softmax(-1)
     written = alone.sequences[:, -steps.shape[1] :, None]
     assert alone.sequences.tolist() == beams.sequences.tolist()
@@ -347,6 +346,6 @@ def test_one_hop_without_delimiters_is_layer_only_routing(name, scores, pruned):
             runs.append(closing(model, inputs, [[], [], []], max_new_tokens=8))
     for run in runs[1:]:
         assert_same_run(run, runs[0], tolerance=0.0, what="hops that never close")
-        assert run.past_key_values.hops.tolist() == [1, 1, 1]
-        kept = [r.past_key_values.kept_lengths().tolist() for r in (run, runs[0])]
+        assert cache_of(run).hops.tolist() == [1, 1, 1]
+        kept = [cache_of(r).kept_lengths().tolist() for r in (run, runs[0])]
         assert kept[0] == kept[1]

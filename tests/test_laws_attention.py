@@ -24,6 +24,7 @@ from transformers.integrations import flex_attention as flex_glue
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dare_hf import last_report
+from dare_hf.compat import cache_of
 from dare_hf.errors import DareStateError
 from dare_hf.testing import tiny_model
 
@@ -82,7 +83,7 @@ def test_attention_never_sees_more_keys_than_are_stored(name, seen):
     model = tiny_model(name)
     with dare(model, **PRUNED):
         out = generate(model, inputs_of(model, (0, 1, 2)))
-    stored = out.past_key_values.kept_lengths().max(dim=1).values
+    stored = cache_of(out).kept_lengths().max(dim=1).values
     layers = model.config.get_text_config().num_hidden_layers
     assert [keys for _, _, keys in seen[-layers:]] == stored.tolist()
 
@@ -163,7 +164,7 @@ def test_flash_leaves_sliding_layers_unpruned_and_says_so(rows, monkeypatch):
         out = generate(model, inputs)
         report = last_report(model)
     assert_same_run(out, expected, what="full layers alone were pruned")
-    kept = out.past_key_values.kept_lengths()
+    kept = cache_of(out).kept_lengths()
     real = inputs["attention_mask"].sum(dim=1) + len(out.logits) - 1
     for layer, kind in enumerate(kinds):
         assert (kept[layer] == real).all() == (kind == "sliding_attention")

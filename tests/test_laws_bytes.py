@@ -18,6 +18,7 @@ from laws import (
 )
 
 from dare_hf import DareCache, DareConfig, DareReport, last_report
+from dare_hf.compat import CACHE, cache_of
 from dare_hf.routing.retention import build_table
 from dare_hf.testing import decoder_layers, modality_of
 
@@ -49,7 +50,7 @@ def test_measured_bytes_are_predicted_bytes(name, config, rows):
     model = shared_model(name)
     inputs = inputs_of(model, BATCHES[rows])
     with dare(model, **CONFIGS[config]):
-        cache = generate(model, inputs).past_key_values
+        cache = cache_of(generate(model, inputs))
         report = last_report(model)
     hold_bytes(model, cache, report)
     real = int(inputs["attention_mask"].sum()) + (NEW_TOKENS - 1) * len(inputs["input_ids"])
@@ -76,7 +77,7 @@ def test_bytes_follow_the_dtype(dtype):
     model = shared_model("llava", dtype=DTYPES[dtype])
     inputs = inputs_of(model, (0, 1, 2))
     with dare(model):
-        cache = generate(model, inputs).past_key_values
+        cache = cache_of(generate(model, inputs))
         hold_bytes(model, cache, last_report(model))
 
 
@@ -90,7 +91,7 @@ def test_the_prompt_keeps_exactly_its_budgets(name):
     table = build_table(4, schedule="two_stage", **rates)
     with dare(model, schedule="two_stage", **rates):
         out = forward(model, inputs, use_cache=True)
-    kept = out.past_key_values.kept_lengths()
+    kept = cache_of(out).kept_lengths()
     for layer in range(4):
         for row in range(3):
             wanted = 0
@@ -105,7 +106,7 @@ def test_beams_count_as_rows():
     model = shared_model("llava")
     inputs = inputs_of(model)
     with dare(model):
-        cache = generate(model, inputs, num_beams=3).past_key_values
+        cache = cache_of(generate(model, inputs, num_beams=3))
         report = last_report(model)
     hold_bytes(model, cache, report)
     assert cache.kept_lengths().shape[1] == 3
@@ -115,7 +116,7 @@ def test_beams_count_as_rows():
 def test_a_report_is_plain_numbers_and_lives_on_the_cache(name):
     model = shared_model(name)
     with dare(model, DareConfig.preset("safe")):
-        cache = generate(model, inputs_of(model, (0, 1, 2))).past_key_values
+        cache = cache_of(generate(model, inputs_of(model, (0, 1, 2))))
         report = last_report(model)
     assert isinstance(report, DareReport)
     assert cache.report.to_dict() == report.to_dict()
@@ -154,6 +155,6 @@ def test_a_report_says_what_was_kept():
 def test_a_cache_of_the_users_own_is_used_and_measured():
     model, cache = shared_model("gemma3"), DareCache()
     with dare(model):
-        out = generate(model, inputs_of(model), past_key_values=cache)
+        out = generate(model, inputs_of(model), **{CACHE: cache})
         hold_bytes(model, cache, last_report(model))
-    assert out.past_key_values is cache
+    assert cache_of(out) is cache

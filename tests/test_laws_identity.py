@@ -18,6 +18,7 @@ from laws import (
 )
 
 from dare_hf import DareCache, DareConfig, dare_disabled
+from dare_hf.compat import cache_of
 
 SCORERS = ("attention", "random", "key_norm", "position", "test_content")
 
@@ -78,7 +79,7 @@ def test_disabled_is_the_plain_model_bit_for_bit(name, attention):
             assert torch.equal(forward(model, inputs).logits, plain_logits)
         assert torch.equal(forward(model, inputs).logits, pruned), "disabling outlived its block"
     assert_same_run(off, plain, tolerance=0.0, what=f"{name} disabled")
-    assert not isinstance(off.past_key_values, DareCache)
+    assert not isinstance(cache_of(off), DareCache)
     real = inputs["attention_mask"].bool()
     assert not torch.allclose(pruned[real], plain_logits[real]), "the pruning pruned nothing"
 
@@ -88,7 +89,7 @@ def test_generate_returns_a_dare_cache(name):
     model = shared_model(name)
     with dare(model, DareConfig.preset("safe")):
         out = generate(model, inputs_of(model))
-    assert isinstance(out.past_key_values, DareCache)
+    assert isinstance(cache_of(out), DareCache)
 
 
 @pytest.mark.parametrize("fields", [everything(), {"vision_retention": 0.3}])

@@ -22,6 +22,7 @@ from laws import (
 )
 
 from dare_hf import DareCache
+from dare_hf.compat import CACHE, cache_of
 from dare_hf.routing.retention import build_table
 from dare_hf.testing import (
     OracleRouting,
@@ -114,7 +115,7 @@ def hold_to_oracle(name, attention, dtype, images, fields, tolerance):
             what=f"{name} step {step}",
         )
     kept = torch.stack([keep.sum(dim=1) for keep in oracle.keep])
-    assert out.past_key_values.kept_lengths().tolist() == kept.tolist()
+    assert cache_of(out).kept_lengths().tolist() == kept.tolist()
 
 
 @pytest.mark.parametrize("rows", BATCHES)
@@ -171,7 +172,7 @@ def test_whatever_a_scorer_keeps_the_logits_are_the_oracles(name, scorer, schedu
     fields = {"scorer": scorer, "schedule": schedule, "text_retention": 0.9}
     with dare(model, **fields):
         cache = DareCache()
-        logits = forward(model, inputs, past_key_values=cache, use_cache=True).logits
+        logits = forward(model, inputs, **{CACHE: cache}, use_cache=True).logits
     real = inputs["attention_mask"].bool()
     keep = [torch.zeros_like(real) for _ in range(LAYERS)]
     for mask, layer in zip(keep, cache.layers, strict=True):

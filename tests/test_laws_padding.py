@@ -14,6 +14,7 @@ from laws import (
     shared_model,
 )
 
+from dare_hf.compat import cache_of
 from dare_hf.testing import collate
 
 SCORERS = ("attention", "random", "key_norm", "position", SCORER)
@@ -35,7 +36,7 @@ def hold_rows(model, fields):
         alone = [generate(model, collate(model, [row])) for row in rows]
         for what, batch, places in batches(model, rows):
             out = generate(model, batch)
-            kept = out.past_key_values.kept_lengths()
+            kept = cache_of(out).kept_lengths()
             for row, place in enumerate(places):
                 new = alone[place].sequences[0, -len(out.logits) :].tolist()
                 assert out.sequences[row, -len(out.logits) :].tolist() == new, f"{what}: row {row}"
@@ -48,7 +49,7 @@ def hold_rows(model, fields):
                         tolerance=FP32_TOLERANCE,
                         what=f"{what}: row {row}, step {step}",
                     )
-                expected = alone[place].past_key_values.kept_lengths()[:, 0]
+                expected = cache_of(alone[place]).kept_lengths()[:, 0]
                 assert kept[:, row].tolist() == expected.tolist(), f"{what}: row {row}"
 
 
@@ -95,7 +96,7 @@ def test_the_equal_budget_is_the_row_budget_at_batch_one():
             with dare(model, batch_budget=budget, **PRUNED):
                 runs.append(generate(model, inputs))
         assert runs[0].sequences.tolist() == runs[1].sequences.tolist()
-        kept = [run.past_key_values.kept_lengths().tolist() for run in runs]
+        kept = [cache_of(run).kept_lengths().tolist() for run in runs]
         assert kept[0] == kept[1]
 
 
@@ -106,5 +107,5 @@ def test_under_the_equal_budget_rows_of_one_length_keep_the_same_number(name):
     rows = rows or rows_of(model, (0, 0), text=(12, 12))
     with dare(model, batch_budget="equal", **PRUNED):
         out = generate(model, collate(model, rows))
-    kept = out.past_key_values.kept_lengths()
+    kept = cache_of(out).kept_lengths()
     assert (kept == kept[:, :1]).all()

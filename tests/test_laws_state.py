@@ -27,6 +27,7 @@ from dare_hf import (
     register_scorer,
     remove_dare,
 )
+from dare_hf.compat import CACHE, cache_of
 from dare_hf.testing import tiny_model
 
 PRUNED = {"vision_retention": 0.4, "text_retention": 0.7}
@@ -136,15 +137,15 @@ def test_turns_with_a_carried_cache_are_the_models_own_at_retention_one(name, im
     model = shared_model(name)
     inputs = inputs_of(model, images)
     config = model.config.get_text_config()
-    plain = generate(model, inputs, past_key_values=DynamicCache(config=config))
+    plain = generate(model, inputs, **{CACHE: DynamicCache(config=config)})
     turn = second_turn(inputs, plain)
-    plain_turn = generate(model, turn, past_key_values=plain.past_key_values)
+    plain_turn = generate(model, turn, **{CACHE: cache_of(plain)})
     with dare(model, **everything()):
         cache = DareCache()
-        first = generate(model, inputs, past_key_values=cache)
+        first = generate(model, inputs, **{CACHE: cache})
         assert_same_run(first, plain, what="first turn")
-        second = generate(model, turn, past_key_values=cache)
-    assert second.past_key_values is cache
+        second = generate(model, turn, **{CACHE: cache})
+    assert cache_of(second) is cache
     assert_same_run(second, plain_turn, what="second turn")
 
 
@@ -154,10 +155,10 @@ def test_turns_of_a_pruned_chat_prune_the_new_part(name, scorer):
     model, cache = shared_model(name), DareCache()
     inputs = inputs_of(model, (0, 1, 2))
     with dare(model, scorer=scorer, **PRUNED):
-        first = generate(model, inputs, past_key_values=cache)
+        first = generate(model, inputs, **{CACHE: cache})
         before = cache.kept_lengths()
         turn = second_turn(inputs, first, text=20)
-        second = generate(model, turn, past_key_values=cache)
+        second = generate(model, turn, **{CACHE: cache})
         report = last_report(model)
     assert cache.get_seq_length() == second.sequences.shape[1] - 1
     grown = cache.kept_lengths() - before
@@ -171,9 +172,9 @@ def test_an_old_cache_does_not_touch_a_new_run():
     inputs = inputs_of(model)
     with dare(model, **PRUNED):
         first = generate(model, inputs)
-        kept = first.past_key_values.kept_lengths()
+        kept = cache_of(first).kept_lengths()
         generate(model, inputs_of(model, (0, 1, 2)))
-    assert torch.equal(first.past_key_values.kept_lengths(), kept)
+    assert torch.equal(cache_of(first).kept_lengths(), kept)
 
 
 def fails_late(hidden, modality, *, layer, hop, positions):

@@ -22,6 +22,7 @@ from test_laws_remove import hold_same, snapshot, warm
 from dare_hf import DareConfig, apply_dare, dare_disabled, last_report, remove_dare
 from dare_hf.errors import DareStateError
 from dare_hf.testing import tiny_model
+from dare_hf.training import add_adapter
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_transformers_own_calls_install_and_remove(folder):
         after["modules"][""].pop(name, None)
     hold_same(before, after)
     assert torch.equal(forward(model, inputs).logits, plain)
-    model.add_adapter(DareConfig(**LEARNED), "fresh")
+    add_adapter(model, DareConfig(**LEARNED), "fresh")
     learn(model)
     assert tokens(model, inputs) == expected
     assert all(p.requires_grad for router in routers(model) for p in router.parameters())
@@ -169,7 +170,7 @@ def test_dare_of_the_other_owner_is_refused(folder):
         routed = tokens(model, inputs)
         for call in (
             lambda: get_peft_model(model, DareConfig(**LEARNED)),
-            lambda: model.add_adapter(DareConfig(**LEARNED), "x"),
+            lambda: add_adapter(model, DareConfig(**LEARNED), "x"),
             lambda: model.load_adapter(saved(folder), adapter_name="x"),
         ):
             with pytest.raises(DareStateError, match="remove_dare"):

@@ -19,6 +19,7 @@ from places import (
 from transformers import AutoModelForImageTextToText
 
 from dare_hf import DareCache
+from dare_hf.compat import CACHE, cache_of
 from dare_hf.testing import masked_forward
 from dare_hf.training.quantized import quantization_config
 
@@ -38,8 +39,8 @@ WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 def hold_to_the_masked_run(model, inputs, config, tolerance: float, what: str) -> None:
     """The compact forward gives the logits of a full-size one in which pruned tokens are masked."""
     with dare(model, config):
-        out = forward(model, inputs, past_key_values=DareCache())
-    keep = held(out.past_key_values, inputs["input_ids"].shape[1])
+        out = forward(model, inputs, **{CACHE: DareCache()})
+    keep = held(cache_of(out), inputs["input_ids"].shape[1])
     assert any(not bool(kept[inputs["attention_mask"].bool()].all()) for kept in keep)
     reference = masked_forward(model, inputs, keep)
     last = (ours[:, -1].float() for ours in (out.logits, reference))

@@ -9,6 +9,7 @@ from test_laws_attention import flex, text_attention  # noqa: F401
 
 from dare_hf import DareCache, DareConfig, last_report, routed_layer
 from dare_hf.adapters import locate
+from dare_hf.compat import CACHE, cache_of
 from dare_hf.conformance.laws import (
     HOPPING,
     PRUNED,
@@ -47,7 +48,7 @@ def test_sharing_layers_store_nothing_and_cost_no_bytes(subjects, name):
     with subject.dare(**PRUNED):
         out = subject.generate(batch)
         report = last_report(subject.model)
-    cache = out.past_key_values
+    cache = cache_of(out)
     kept = cache.kept_lengths()
     assert kept.shape == (LAYERS, 3)
     assert (kept[:OWNERS] > 0).all()
@@ -189,14 +190,14 @@ def test_a_failed_forward_leaves_the_cache_as_it_was(subjects, name):
     with subject.dare(**PRUNED), torch.no_grad():
         cache, whole = DareCache(), DareCache()
         for each in (cache, whole):
-            subject.forward(batch, past_key_values=each, use_cache=True)
+            subject.forward(batch, **{CACHE: each}, use_cache=True)
         step = {"input_ids": torch.tensor([[20]]), "use_cache": True}
         handle = last.register_forward_pre_hook(fail)
         with pytest.raises(KeyError, match="broken"):
-            subject.model(**step, past_key_values=cache)
+            subject.model(**step, **{CACHE: cache})
         handle.remove()
-        again = subject.model(**step, past_key_values=cache).logits
-        assert torch.equal(again, subject.model(**step, past_key_values=whole).logits)
+        again = subject.model(**step, **{CACHE: cache}).logits
+        assert torch.equal(again, subject.model(**step, **{CACHE: whole}).logits)
 
 
 def test_a_schedule_is_laid_over_the_layers_that_own_keys(subjects):
@@ -268,9 +269,9 @@ def test_a_cache_carried_over_a_turn_goes_on(subjects):
         runs = []
         for _ in range(2):
             cache = DareCache()
-            subject.forward(batch, past_key_values=cache, use_cache=True)
-            runs.append(subject.model(input_ids=more, past_key_values=cache, use_cache=True).logits)
+            subject.forward(batch, **{CACHE: cache}, use_cache=True)
+            runs.append(subject.model(input_ids=more, **{CACHE: cache}, use_cache=True).logits)
         assert torch.equal(*runs)
         cache.crop(-3)
-        again = subject.model(input_ids=more, past_key_values=cache, use_cache=True).logits
+        again = subject.model(input_ids=more, **{CACHE: cache}, use_cache=True).logits
     hold_close(subject, again, runs[0], "after a crop")

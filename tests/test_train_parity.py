@@ -20,6 +20,7 @@ from laws import (
 from router_runs import STEPS, controller_of, routed, trainee, written_batch
 from test_hop_loop import DELIMITERS, Featured, assert_steps_are, looped, recomputed
 
+from dare_hf.compat import cache_of
 from dare_hf.testing import collate, token_hops, written_inputs
 
 ROUTINGS = {
@@ -66,8 +67,8 @@ def test_the_training_forward_is_generate_step_by_step(name, routing, rows):
     with routed(trainee(name), **ROUTINGS[routing]) as model:
         batch, out, span = written_batch(model, rows)
         taught = model(**batch)
-    assert min(out.past_key_values.hops) >= 2
-    assert taught.past_key_values is None
+    assert min(cache_of(out).hops) >= 2
+    assert cache_of(taught) is None
     assert taught.loss.requires_grad
     hold_steps(out, taught.logits.detach(), span, what=f"{name}, {routing}")
 
@@ -100,7 +101,7 @@ def test_given_hop_ids_are_the_derived_ones(attention):
         unlabelled = forward(model, batch, hop_ids=hops)
     assert torch.equal(derived, given)
     assert torch.equal(derived, unlabelled.logits)
-    assert unlabelled.past_key_values is None
+    assert cache_of(unlabelled) is None
 
 
 def injected_cases():
@@ -121,7 +122,7 @@ def test_injected_spans_are_routed_as_generate_routes_them(name, pruned, rows):
         out = looped(model, inputs, featured, max_new_tokens=20)
         ids = out.sequences[:, :-1]
         labels = torch.full_like(ids, -100)
-        injected = out.past_key_values.hop_counters.injected
+        injected = cache_of(out).hop_counters.injected
         inside = {column for start, end in injected for column in range(start, end)}
         sampled = [c for c in range(prompt, ids.shape[1]) if c not in inside]
         labels[:, sampled] = ids[:, sampled]

@@ -6,6 +6,7 @@ from laws import SCORER, dare, forward, generate, inputs_of, shared_model
 from router_runs import FIELDS, controller_of, routed, trainee, written_batch
 
 from dare_hf import DareCache, DareConfig, apply_dare, remove_dare
+from dare_hf.compat import CACHE
 from dare_hf.errors import DareInputError, DareStateError
 from dare_hf.simulation.layout import read_layout
 from dare_hf.testing import tiny_model
@@ -85,10 +86,10 @@ def test_refusals_of_a_routed_model():
         refused(model, batch, "shape of the tokens", hop_ids=batch["labels"][:, 1:])
         cache = DareCache()
         inputs = inputs_of(model.get_base_model(), (0, 1, 2))
-        forward(model, inputs, past_key_values=cache)
-        refused(model, batch, "past_key_values", past_key_values=cache)
-        refused(model, batch, "past_key_values", hop_ids=batch["labels"], past_key_values=cache)
-        forward(model, batch, past_key_values=DareCache())
+        forward(model, inputs, **{CACHE: cache})
+        refused(model, batch, CACHE, **{CACHE: cache})
+        refused(model, batch, CACHE, hop_ids=batch["labels"], **{CACHE: cache})
+        forward(model, batch, **{CACHE: DareCache()})
         assert torch.equal(forward(model, batch).logits, before)
         again = generate(model, inputs, max_new_tokens=4)
         assert len(again.logits) == 4

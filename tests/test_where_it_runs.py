@@ -17,6 +17,7 @@ from laws import (
 )
 
 from dare_hf import DareConfig, apply_dare, remove_dare
+from dare_hf.compat import cache_of
 from dare_hf.testing import tiny_model
 
 PRUNED = {"vision_retention": 0.4, "text_retention": 0.7}
@@ -88,7 +89,7 @@ def test_bfloat16_runs(name):
         with dare(model, scorer=scorer, **PRUNED):
             out = generate(model, inputs)
         assert out.sequences.shape == plain.sequences.shape
-        assert out.past_key_values.layers[0].keys.dtype == torch.bfloat16
+        assert cache_of(out).layers[0].keys.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dare_hf.adapters.architectures import REFUSED, SUPPORTED
 from dare_hf.adapters.spec import ModelSpec
+from dare_hf.compat import check_takes_cache
 from dare_hf.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ def locate(model: nn.Module) -> Anatomy:
     """Find the decoder layers of `model` and check that each of them can be routed.
 
     Raises:
-        UnsupportedModelError: The architecture is unknown, or a layer is of an unknown kind.
+        UnsupportedModelError: The architecture is unknown, a layer is of an unknown kind, or takes
+            its cache by an unknown name.
     """
     config = getattr(model, "config", None)
     spec = find_spec(getattr(config, "model_type", None))
@@ -100,6 +102,7 @@ def locate(model: nn.Module) -> Anatomy:
     layers = tuple(layer for layer in found if not _without_attention(layer, spec))
     unrouted = tuple(layer for layer in found if _without_attention(layer, spec))
     slots = _check_layers(layers, text_config)
+    check_takes_cache(text_model, *layers)
     sources = _sources(layers, text_config)
     return Anatomy(spec, layers, text_model, text_config, hooked, slots, unrouted, sources)
 

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from dare_hf.cache.layer import DareLayer
 from dare_hf.cache.log import TokenLog
 from dare_hf.cache.mixed import other_layers, row_count, select_rows, snapshot
+from dare_hf.compat import CACHE
 from dare_hf.errors import DareInputError
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class _Saved(NamedTuple):
 class DareCache(Cache):
     """Keys and values of the tokens each layer kept, behind the lengths of the whole sequence.
 
-    Pass one as `past_key_values` and carry it across turns, or let generate make it. What HF reads
+    Pass one as `cache` (`past_key_values` before transformers 5.24) and carry it across turns, or
+    let generate make it. What HF reads
     (`get_seq_length`, `get_mask_sizes`) is logical: pruned tokens count.
 
     Args:
@@ -108,7 +110,7 @@ class DareCache(Cache):
             return
         if any(layer.seen for layer in self.stored):
             raise DareInputError(
-                f"past_key_values: expected an empty DareCache or one of this model, whose layers "
+                f"{CACHE}: expected an empty DareCache or one of this model, whose layers "
                 f"{list(slots)} store tokens; got one filled by another model. Pass a new "
                 "DareCache()"
             )

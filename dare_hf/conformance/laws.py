@@ -13,6 +13,7 @@ import torch
 from dare_hf.adapters import locate
 from dare_hf.apply import last_report
 from dare_hf.cache import DareCache
+from dare_hf.compat import CACHE, cache_of
 from dare_hf.config import DareConfig
 from dare_hf.conformance.subject import NEW_TOKENS, SCORER, content_scores
 from dare_hf.routing.retention import build_table
@@ -86,7 +87,7 @@ def identity(subject: Subject) -> None:
             what = f"law 1, {name}"
             out, logits = plain[name]
             routed = subject.generate(batch)
-            hold(isinstance(routed.past_key_values, DareCache), f"{what}: no DareCache was used")
+            hold(isinstance(cache_of(routed), DareCache), f"{what}: no DareCache was used")
             hold_run(subject, routed, out, what)
             ours = subject.forward(batch)
             hold_close(subject, ours[batch.real], logits[batch.real], f"{what}, bare forward")
@@ -113,7 +114,7 @@ def oracle(subject: Subject) -> None:
             what = f"law 2, {pruned}, {name}"
             with subject.dare(pruned=pruned, **PRUNED):
                 logits, out = subject.forward(batch), subject.generate(batch)
-                _bytes(subject, out.past_key_values, f"law 6, {pruned}, {name}")
+                _bytes(subject, cache_of(out), f"law 6, {pruned}, {name}")
             subject.pruned.setdefault(name, out)
             expected = oracle_forward(
                 subject.model, batch.inputs, content_scores, routing, modality=batch.modality
@@ -138,7 +139,7 @@ def _steps(subject: Subject, batch: Batch, out: Any, routing: OracleRouting, wha
     kept = torch.stack(
         [keep.sum(dim=1) * own for keep, own in zip(expected.keep, owners, strict=True)]
     ).tolist()
-    hold(out.past_key_values.kept_lengths().tolist() == kept, f"{what}: other counts are stored")
+    hold(cache_of(out).kept_lengths().tolist() == kept, f"{what}: other counts are stored")
 
 
 def _owners(subject: Subject) -> list[bool]:
@@ -200,8 +201,8 @@ def hops(subject: Subject) -> None:
         what = f"hops, {name}"
         with subject.dare(**HOPPING):
             out = subject.generate(batch)
-            _bytes(subject, out.past_key_values, f"law 6, {what}")
-        closed = out.past_key_values.hops.tolist()
+            _bytes(subject, cache_of(out), f"law 6, {what}")
+        closed = cache_of(out).hops.tolist()
         hold(min(closed) >= 2, f"{what}: hops are {closed}, none has closed")
         inputs, modality = subject.written(batch, out.sequences[:, :-1])
         span = batch.modality.shape[1]
@@ -225,7 +226,7 @@ def attention_scores(subject: Subject) -> None:
         what = f"law 2, attention scores, {config.schedule}"
         cache = DareCache()
         with subject.dare(config):
-            logits = subject.forward(batch, past_key_values=cache, use_cache=True)
+            logits = subject.forward(batch, **{CACHE: cache}, use_cache=True)
             subject.generate(batch)
             report = last_report(subject.model)
         hold(report.kv_bytes_predicted == report.kv_bytes, f"{what}: other bytes than predicted")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.generation.streamers import BaseStreamer
 
 from dare_hf import DareCache
+from dare_hf.compat import CACHE
 from dare_hf.hops import counters_of
 from dare_hf.visualize import held_patches, plot_retention, stored_columns
 
@@ -67,7 +68,7 @@ def draw(runner: Runner, items: Sequence[Any], arm: Arm) -> Figure:
     cache, batches = DareCache(), []
     watch = HopWatch(cache)
     solution = runner.with_arm(arm).solve(
-        [item], on_batch=batches.append, past_key_values=cache, streamer=watch
+        [item], on_batch=batches.append, streamer=watch, **{CACHE: cache}
     )[0]
     ids = [*batches[0].inputs["input_ids"][0].tolist(), *solution.ids]
     columns = runner.image_columns(ids)

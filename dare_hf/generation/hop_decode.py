@@ -24,7 +24,7 @@ from transformers.generation import (
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
-from dare_hf.compat import span_inputs
+from dare_hf.compat import CACHE, span_inputs
 from dare_hf.errors import DareInputError
 from dare_hf.generation.hop_block import Block, Carried
 from dare_hf.hops import counters_of
@@ -94,7 +94,7 @@ class Record:
         }
         fields = {name: tuple(getattr(self, name)) if on else None for name, on in asked.items()}
         sequences = cast("torch.LongTensor", ids)
-        return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache, **fields)
+        return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE: cache}, **fields)
 
 
 class Decoding:
@@ -136,12 +136,12 @@ class Decoding:
             self.streamer.end()
         if not generation_config.return_dict_in_generate:
             return self.ids
-        return self.record.output(generation_config, self.ids, self.kwargs["past_key_values"])
+        return self.record.output(generation_config, self.ids, self.kwargs[CACHE])
 
     @property
     def cache(self) -> DareCache:
         """The cache of the run."""
-        return self.kwargs["past_key_values"]
+        return self.kwargs[CACHE]
 
     def _loop(self, outputs: Any) -> None:
         closed: list[int] = []

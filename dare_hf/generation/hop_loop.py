@@ -12,6 +12,7 @@ from transformers.generation import StoppingCriteriaList, StopStringCriteria
 from transformers.utils import logging
 
 from dare_hf.adapters import attention_of
+from dare_hf.compat import CACHE
 from dare_hf.errors import DareConfigError, DareInputError, DareStateError
 from dare_hf.generate import offered_loop
 from dare_hf.generation.hop_decode import Decoding
@@ -108,7 +109,7 @@ class HopLoop:
                     f"hop_loop: expected no {name}; got one. Leave it out, or generate without "
                     "hop_loop"
                 )
-        if kwargs.get("past_key_values") is None:
+        if kwargs.get(CACHE) is None:
             raise DareInputError(
                 "hop_loop: expected use_cache=True, since hops are counted by the cache; got "
                 "use_cache=False. Leave it out"

@@ -21,6 +21,7 @@ from dare_hf.attach import (
     unwrap,
     watch_attention,
 )
+from dare_hf.compat import adapter_methods
 from dare_hf.config import DareConfig
 from dare_hf.errors import AdapterMismatchError, DareConfigError, DareInputError, DareStateError
 from dare_hf.peft_method.layer import NOT_MERGEABLE, RouterLayer
@@ -209,6 +210,8 @@ def _install(model: Any, settings: Settings, anatomy: Anatomy) -> ModelState:
         for layer in anatomy.layers:
             undo.child(layer, NAME, RouterLayer(layer))
         controller.adapter = ActiveAdapter(anatomy.layers)
+        for name, method in adapter_methods().items():
+            undo.set(model, name, types.MethodType(method, model))
         if hasattr(model, "delete_adapter"):
             undo.set(model, "delete_adapter", types.MethodType(_delete_adapter, model))
     except BaseException:
@@ -230,7 +233,8 @@ def _adapter(state: ModelState) -> ActiveAdapter:
 def _delete_adapter(model: Any, adapter_names: list[str] | str) -> None:
     """Transformers' delete_adapter on a model with routers; the last one takes routing off."""
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    type(model).delete_adapter(model, names)
+    delete = adapter_methods().get("delete_adapter", type(model).delete_adapter)
+    delete(model, names)
     for name in names:
         drop_adapter(model, name)
 

@@ -25,6 +25,7 @@ from dare_hf.generation.interleaved import allow_image_tokens
 from dare_hf.modality import vision_token_ids
 from dare_hf.recipes.data import ResponseCollator, TaskCollator, datasets_of
 from dare_hf.training import DareTrainer
+from dare_hf.training.attaching import add_adapter
 from dare_hf.training.checkpoints import save_adapters
 from dare_hf.training.quantized import keep_gradients_right, quantization_config
 
@@ -130,13 +131,13 @@ def _attach(model: Any, recipe: Recipe, delimiters: tuple[int, ...]) -> None:
     keep_gradients_right(model)
     names = []
     if recipe.lora is not None:
-        model.add_adapter(LoraConfig(**(_lora_defaults(model) | recipe.lora)), LORA)
+        add_adapter(model, LoraConfig(**(_lora_defaults(model) | recipe.lora)), LORA)
         names.append(LORA)
     config = recipe.dare_config(delimiters)
     if config.scorer == "router":
         with warnings.catch_warnings():  # peft asks whether a second adapter is meant: it is
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            model.add_adapter(config, DARE)
+            add_adapter(model, config, DARE)
         names.append(DARE)
         model.set_adapter(names)
     else:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dare_hf.cache import TokenLog
+from dare_hf.compat import CACHE
 from dare_hf.context import ForwardContext
 from dare_hf.errors import DareInputError
 from dare_hf.modality import resolve_span
@@ -45,12 +46,12 @@ def open_simulation(arguments: Mapping[str, Any], controller: Controller) -> For
     source = ids if ids is not None else embeds
     if source is None:
         raise DareInputError("expected input_ids or inputs_embeds; got neither")
-    cache = arguments.get("past_key_values")
+    cache = arguments.get(CACHE)
     if cache is not None and cache.get_seq_length():
         if controller.routers is None and hop_ids is None:
             return None
         raise DareInputError(
-            "past_key_values: expected none beside labels or hop_ids, which describe whole "
+            f"{CACHE}: expected none beside labels or hop_ids, which describe whole "
             f"sequences; got a cache of {cache.get_seq_length()} tokens. Leave it out"
         )
     batch, length = source.shape[:2]
