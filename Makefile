@@ -2,28 +2,42 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 TESTS := $(BIN)/python -m pytest -n 2
+TEST_TOOLS := beartype hypothesis pytest pytest-randomly pytest-socket pytest-timeout pytest-xdist
+# What pyproject.toml gives an upper bound.
+UNBOUND := transformers peft accelerate huggingface_hub
 # Beside the environment, not in it: peft imports bitsandbytes wherever it finds it.
 EXTRAS := bitsandbytes trl datasets dill multiprocess pandas pyarrow xxhash
-# The oldest transformers that is accepted (dare_hf/compat.py), and what holds it to the laws.
+# The oldest transformers that is accepted (dare_hf/compat.py), and what holds it and the newest to the laws.
 OLDEST := 5.19.0
-OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,compat tiny_models laws_identity laws_oracle \
+CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,compat tiny_models laws_identity laws_oracle \
 	laws_padding laws_remove laws_bytes cache_in_hf generate_modes hop_loop hop_chat box_refocus interleaved \
 	peft_lifecycle peft_lora trainer checkpoints conformance tiny_anole tiny_volcano))
 
-.PHONY: demo test test-all test-extras test-oldest lint types arrows docs wheel ci
+.PHONY: demo test test-all test-extras test-oldest test-newest report-newest lint types arrows docs wheel ci
 
 demo: $(READY) ; HF_HUB_OFFLINE=1 $(BIN)/dare-hf demo
 test: $(READY) ; $(TESTS) -m "not slow"
 test-all: $(READY) ; $(TESTS)
 test-extras: .venv/extras ; HF_HUB_OFFLINE=1 PYTHONPATH=$(CURDIR)/.venv/extras $(TESTS) -m extras
 test-oldest: .venv/oldest
-	DARE_TEST_TRANSFORMERS=$(OLDEST) PYTHONPATH=$(CURDIR)/.venv/oldest $(TESTS) -m "not slow" $(OLDEST_TESTS)
+	DARE_TEST_TRANSFORMERS=$(OLDEST) PYTHONPATH=$(CURDIR)/.venv/oldest $(TESTS) -m "not slow" $(CORE_TESTS)
+# The wheel in an environment of its own, with the newest of all that its bounds allow.
+test-newest: wheel
+	.ci/user_install .venv/newest
+	.venv/newest/bin/python -m pip install --quiet $(TEST_TOOLS)
+	HF_HUB_OFFLINE=1 .venv/newest/bin/pytest -n 2 -m "not slow" $(CORE_TESTS)
+# The same without the bounds of pyproject.toml; tells what the next version breaks, and fails no CI.
+report-newest: wheel
+	rm -rf .venv/unbound && .ci/user_install .venv/unbound
+	.venv/unbound/bin/python -m pip install --quiet $(TEST_TOOLS)
+	-.venv/unbound/bin/python -m pip install --quiet --upgrade --no-deps $(UNBOUND)
+	-HF_HUB_OFFLINE=1 .venv/unbound/bin/pytest -n 2 -m "not slow" $(CORE_TESTS)
 lint: $(READY) ; $(BIN)/ruff check . && $(BIN)/ruff format --check .
 types: $(READY) ; $(BIN)/ty check
 arrows: $(READY) ; $(BIN)/lint-imports --no-cache
 docs: $(READY) ; NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 wheel: $(READY) ; rm -rf dist && $(BIN)/python -m build --no-isolation --wheel && .ci/check_wheel
-ci: lint types arrows docs wheel test-all test-extras test-oldest
+ci: lint types arrows docs wheel test-all test-extras test-oldest test-newest
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
