@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import platform
 import statistics
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -168,11 +168,8 @@ def _threads(count: int) -> Iterator[None]:
 def _hardware(device: str) -> str:
     if device != "cpu":
         return torch.cuda.get_device_name()
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} with {capability}, {os.cpu_count()} cores"
 
 
 def text(result: dict[str, Any]) -> str:

@@ -65,7 +65,7 @@ def demo_config(processor: Any, name: str = "anole") -> DareConfig:
     (scripts/ablate_layers.py), not by training: tokens are scored by attention.
     """
     kind = runner_type(name)
-    rates = json.loads((ASSETS / kind.folder / "dare_schedule.json").read_text())
+    rates = json.loads((ASSETS / kind.folder / "dare_schedule.json").read_text(encoding="utf-8"))
     return DareConfig(
         schedule=tuple(zip(rates["vision"], rates["text"], strict=True)),
         uniform_share=rates["uniform_share"],

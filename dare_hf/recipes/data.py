@@ -67,7 +67,7 @@ class JsonLines(Dataset):
     def __init__(self, path: str | Path) -> None:
         self.folder = Path(path).parent
         try:
-            lines = Path(path).read_text().splitlines()
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
         except OSError as error:
             raise DareInputError(
                 f"data: expected a JSON lines file; got {path}: {error}"

@@ -147,7 +147,7 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
     import yaml
 
     try:
-        given = yaml.safe_load(Path(path).read_text())
+        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise DareConfigError(f"config: expected a YAML file; got {path}: {error}") from error
     if not isinstance(given, dict):

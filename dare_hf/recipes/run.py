@@ -231,4 +231,4 @@ def _save(model: Any, recipe: Recipe, out: Path, write: bool) -> dict[str, str]:
 def _write_log(recipe: Recipe, log: list[dict[str, Any]], file: Path) -> None:
     """One JSON line each: the recipe, then what the Trainer logged."""
     lines = [json.dumps(entry) for entry in ({"recipe": asdict(recipe)}, *log)]
-    file.write_text("\n".join(lines) + "\n")
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
