@@ -16,6 +16,7 @@ from places import (
 )
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from dare_hf import DareConfig, apply_dare, dare_disabled, remove_dare
 from dare_hf.errors import DareError, DareInputError, DareStateError
@@ -45,7 +46,9 @@ CALLS = {
         ids(),
         generation_config=GenerationConfig(**GREEDY.to_diff_dict(), cache_implementation="paged"),
     ),
-    "a forward of its own": lambda model: model(ids(), cache=object(), use_cache=False),
+    "a forward of its own": lambda model: model(
+        ids(), cache=PagedAttentionCache.__new__(PagedAttentionCache), use_cache=False
+    ),
 }
 
 

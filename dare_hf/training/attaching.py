@@ -27,7 +27,12 @@ def add_adapter(model: Any, config: PeftConfig, adapter_name: str = "default") -
         DareError: As `get_peft_model` with a DareConfig.
         ValueError: The model has an adapter of that name.
     """
-    for name, method in adapter_methods().items():
-        if name not in vars(model):
-            setattr(model, name, types.MethodType(method, model))
-    model.add_adapter(config, adapter_name)
+    fresh = {n: m for n, m in adapter_methods().items() if n not in vars(model)}
+    for name, method in fresh.items():
+        setattr(model, name, types.MethodType(method, model))
+    try:
+        model.add_adapter(config, adapter_name)
+    except BaseException:
+        for name in fresh:
+            vars(model).pop(name, None)
+        raise
