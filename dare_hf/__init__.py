@@ -6,11 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dare_hf.apply import apply_dare, dare_disabled, last_report, remove_dare
+    from dare_hf.api import apply_dare, dare_disabled, last_report, remove_dare
     from dare_hf.cache import DareCache
     from dare_hf.config import DareConfig
     from dare_hf.report import DareReport
-    from dare_hf.scorers import register_scorer
+    from dare_hf.scoring.base import register_scorer
 
 __version__ = "0.1.0.dev0"
 
@@ -19,11 +19,11 @@ _HOMES = {
     "DareCache": "cache",
     "DareConfig": "config",
     "DareReport": "report",
-    "apply_dare": "apply",
-    "dare_disabled": "apply",
-    "last_report": "apply",
-    "register_scorer": "scorers",
-    "remove_dare": "apply",
+    "apply_dare": "api",
+    "dare_disabled": "api",
+    "last_report": "api",
+    "register_scorer": "scoring.base",
+    "remove_dare": "api",
 }
 
 __all__ = [

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from dare_hf import accounting
-from dare_hf.adapters.registry import describe, locate
+from dare_hf.architectures.locate import describe, locate
 from dare_hf.errors import DareInputError
+from dare_hf.report.flops import shapes_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dare_hf.accounting import LayerShape
+    from dare_hf.report.flops import LayerShape
 
 
 def describe_model(name: str) -> Iterator[str]:
@@ -39,7 +39,7 @@ def describe_model(name: str) -> Iterator[str]:
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     parts = locate(model)
-    shapes = accounting.shapes_of(parts.layers, parts.text_config)
+    shapes = shapes_of(parts.layers, parts.text_config)
     yield f"class: {type(model).__name__}, text model {type(parts.text_model).__name__}"
     yield f"layers: {len(parts.layers)} x {type(parts.layers[0]).__name__} at {parts.spec.layers}"
     yield from _costs(shapes)

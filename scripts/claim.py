@@ -30,8 +30,8 @@ from dare_hf.calibration import fit_router
 from dare_hf.demo.embedded import load_embedded, safe_config
 from dare_hf.evaluation import Arm, measure, trained_arm
 from dare_hf.evaluation.suite import TASKS
+from dare_hf.forward.modality import vision_token_ids
 from dare_hf.generation.interleaved import allow_image_tokens
-from dare_hf.modality import vision_token_ids
 from dare_hf.recipes import Recipe, train
 from dare_hf.recipes.data import TaskCollator, TaskStream
 from dare_hf.routing.selection import isin_ids

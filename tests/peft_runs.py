@@ -11,7 +11,7 @@ from laws import forward, generate, inputs_of
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from dare_hf import DareConfig
-from dare_hf.attach import state_of
+from dare_hf.engine.attach import state_of
 from dare_hf.testing import tiny_model
 from dare_hf.training import add_adapter
 

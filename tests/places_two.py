@@ -36,7 +36,7 @@ from transformers import AutoModelForImageTextToText  # noqa: E402
 from transformers.distributed import DistributedConfig  # noqa: E402
 
 from dare_hf import DareConfig, apply_dare, remove_dare  # noqa: E402
-from dare_hf.adapters import locate  # noqa: E402
+from dare_hf.architectures.locate import locate  # noqa: E402
 from dare_hf.generation import HopInput, HopLoop  # noqa: E402
 from dare_hf.training import end_processes  # noqa: E402
 

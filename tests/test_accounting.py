@@ -16,10 +16,23 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from dare_hf import accounting
-from dare_hf.accounting import LayerShape
-from dare_hf.adapters import locate
+from dare_hf.architectures.locate import locate
 from dare_hf.compat import CACHE
+from dare_hf.report.flops import (
+    LayerShape,
+    attention_scorer_flops,
+    forward_flops,
+    head_flops,
+    key_norm_scorer_flops,
+    kv_bytes,
+    layer_flops,
+    linear_macs_per_token,
+    router_flops,
+    shapes_of,
+    unpruned_flops,
+    unpruned_generate_flops,
+    unpruned_kv_bytes,
+)
 from dare_hf.testing import TINY_MODELS, tiny_inputs, tiny_model
 
 ROWS, PROMPT = 2, 21
@@ -53,19 +66,19 @@ def _counted(model: nn.Module, **inputs: object) -> int:
 def test_llava_prefill_and_decode_equal_torchs_count() -> None:
     model = _llava()
     config = model.config.text_config
-    shapes = accounting.shapes_of(model.model.language_model.layers, config)
+    shapes = shapes_of(model.model.language_model.layers, config)
     ids = torch.randint(0, 96, (ROWS, PROMPT))
     cache = DynamicCache(config=config)
     counted = _counted(model, input_ids=ids, **{CACHE: cache})
-    head = accounting.head_flops(config.hidden_size, config.vocab_size, ROWS * PROMPT)
-    assert accounting.unpruned_flops(shapes, [PROMPT] * ROWS, [PROMPT] * ROWS) + head == counted
+    head = head_flops(config.hidden_size, config.vocab_size, ROWS * PROMPT)
+    assert unpruned_flops(shapes, [PROMPT] * ROWS, [PROMPT] * ROWS) + head == counted
 
     step = {"input_ids": ids[:, :1], CACHE: cache}
     counted = _counted(model, **step)
-    head = accounting.head_flops(config.hidden_size, config.vocab_size, ROWS)
+    head = head_flops(config.hidden_size, config.vocab_size, ROWS)
     keys = [[PROMPT + 1] * ROWS] * len(shapes)
-    assert accounting.forward_flops(shapes, [[1] * ROWS] * len(shapes), keys) + head == counted
-    assert accounting.unpruned_flops(shapes, [1] * ROWS, [PROMPT + 1] * ROWS) + head == counted
+    assert forward_flops(shapes, [[1] * ROWS] * len(shapes), keys) + head == counted
+    assert unpruned_flops(shapes, [1] * ROWS, [PROMPT + 1] * ROWS) + head == counted
 
 
 def test_sliding_window_equals_torchs_count_and_the_caches_bytes() -> None:
@@ -76,17 +89,17 @@ def test_sliding_window_equals_torchs_count_and_the_caches_bytes() -> None:
         layer_types=["sliding_attention", "full_attention"],
     )  # fmt: skip
     model = Gemma3ForCausalLM._from_config(config, attn_implementation="eager").eval()
-    shapes = accounting.shapes_of(model.model.layers, config)
+    shapes = shapes_of(model.model.layers, config)
     assert [shape.window for shape in shapes] == [window, None]
     ids, cache, seen = torch.randint(0, 96, (1, PROMPT)), DynamicCache(config=config), 0
     for q in (PROMPT, 1, 1):
         step = {"input_ids": ids[:, :q], CACHE: cache}
         counted = _counted(model, **step)
         seen += q
-        head = accounting.head_flops(config.hidden_size, config.vocab_size, q)
-        assert accounting.unpruned_flops(shapes, [q], [seen]) + head == counted
+        head = head_flops(config.hidden_size, config.vocab_size, q)
+        assert unpruned_flops(shapes, [q], [seen]) + head == counted
     stored = sum(t.numel() * 4 for layer in cache.layers for t in (layer.keys, layer.values))
-    assert accounting.unpruned_kv_bytes(shapes, [seen], 4) == stored
+    assert unpruned_kv_bytes(shapes, [seen], 4) == stored
 
 
 def test_experts_count_as_many_as_a_token_passes() -> None:
@@ -97,7 +110,7 @@ def test_experts_count_as_many_as_a_token_passes() -> None:
     )  # fmt: skip
     layer = Qwen3MoeForCausalLM(config).model.layers[0]
     attention = 32 * (4 * 8) * 2 + 32 * (2 * 8) * 2
-    assert accounting.linear_macs_per_token(layer) == attention + 32 * 5 + 2 * 3 * 32 * 24
+    assert linear_macs_per_token(layer) == attention + 32 * 5 + 2 * 3 * 32 * 24
 
 
 def test_listed_experts_and_wrapped_layers() -> None:
@@ -107,28 +120,28 @@ def test_listed_experts_and_wrapped_layers() -> None:
             self.experts = nn.ModuleList(nn.Linear(6, 4) for _ in range(5))
             self.top_k = 3
 
-    assert accounting.linear_macs_per_token(Block()) == 3 * 24
+    assert linear_macs_per_token(Block()) == 3 * 24
     wrapper = nn.Linear(6, 4)
     wrapper.base_layer, wrapper.lora_A, wrapper.lora_B = (
         nn.Linear(6, 4), nn.Linear(6, 2, bias=False), nn.Linear(2, 4, bias=False),
     )  # fmt: skip
-    assert accounting.linear_macs_per_token(wrapper) == 24 + 12 + 8
+    assert linear_macs_per_token(wrapper) == 24 + 12 + 8
 
 
 def test_router_is_not_part_of_the_layer() -> None:
     layer = _llava().model.language_model.layers[0]
-    before = accounting.linear_macs_per_token(layer)
+    before = linear_macs_per_token(layer)
     layer.dare_router = nn.Linear(48, 2)
-    assert accounting.linear_macs_per_token(layer) == before
-    assert accounting.router_flops(48, 10) == 2 * 10 * 48 * 2
+    assert linear_macs_per_token(layer) == before
+    assert router_flops(48, 10) == 2 * 10 * 48 * 2
 
 
 def test_meta_weights_cost_the_same() -> None:
     model = _llava()
-    real = accounting.shapes_of(model.model.language_model.layers, model.config.text_config)
+    real = shapes_of(model.model.language_model.layers, model.config.text_config)
     meta = model.to("meta")
     config = meta.config.text_config
-    assert accounting.shapes_of(meta.model.language_model.layers, config) == real
+    assert shapes_of(meta.model.language_model.layers, config) == real
     assert (real[0].q_heads, real[0].kv_heads, real[0].qk_dim) == (6, 2, 16)
 
 
@@ -136,25 +149,25 @@ def test_meta_weights_cost_the_same() -> None:
 def test_kv_bytes(itemsize: int) -> None:
     shapes = [LayerShape(10, 4, 2, 8, 6), LayerShape(10, 4, 1, 8, 8)]
     expected = (3 + 5) * 2 * (8 + 6) * itemsize + (1 + 2) * 1 * 16 * itemsize
-    assert accounting.kv_bytes(shapes, [[3, 5], [1, 2]], itemsize) == expected
-    assert accounting.layer_flops(10, 3, 7, 4, 8, 6) == 2 * (3 * 10 + 4 * 3 * 7 * 14)
-    assert accounting.forward_flops(shapes[:1], [[3]], [[7]]) == 2 * (3 * 10 + 4 * 3 * 7 * 14)
+    assert kv_bytes(shapes, [[3, 5], [1, 2]], itemsize) == expected
+    assert layer_flops(10, 3, 7, 4, 8, 6) == 2 * (3 * 10 + 4 * 3 * 7 * 14)
+    assert forward_flops(shapes[:1], [[3]], [[7]]) == 2 * (3 * 10 + 4 * 3 * 7 * 14)
 
 
 def test_scorer_flops() -> None:
     shape = LayerShape(10, 4, 2, 8, 6)
-    assert accounting.attention_scorer_flops(shape, 32, 100) == 2 * 100 * (4 * 32 * 8 + 2 * 6)
-    assert accounting.key_norm_scorer_flops(shape, 50, 100) == 2 * 100 * 2 * 8 * 51
+    assert attention_scorer_flops(shape, 32, 100) == 2 * 100 * (4 * 32 * 8 + 2 * 6)
+    assert key_norm_scorer_flops(shape, 50, 100) == 2 * 100 * 2 * 8 * 51
 
 
 def test_generate_equals_torchs_count() -> None:
     model = _llava()
     config = model.config.text_config
-    shapes = accounting.shapes_of(model.model.language_model.layers, config)
+    shapes = shapes_of(model.model.language_model.layers, config)
     ids = torch.randint(0, 96, (ROWS, PROMPT))
     with FlopCounterMode(display=False) as counter:
         out = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
-    flops = accounting.unpruned_generate_flops(
+    flops = unpruned_generate_flops(
         shapes,
         [PROMPT] * ROWS,
         out.shape[1] - PROMPT,
@@ -169,9 +182,9 @@ def test_each_architecture_equals_torchs_count(name: str) -> None:
     model = tiny_model(name, attn_implementation="eager")
     inputs = tiny_inputs(model, batch=2)
     parts = locate(model)
-    shapes = accounting.shapes_of(parts.layers, parts.text_config)
+    shapes = shapes_of(parts.layers, parts.text_config)
     rows, length = inputs["input_ids"].shape
     hidden, vocab = parts.text_config.hidden_size, parts.text_config.vocab_size
-    head = accounting.head_flops(hidden, vocab, rows * length)
+    head = head_flops(hidden, vocab, rows * length)
     counted = _counted(model, **inputs, use_cache=False)
-    assert accounting.unpruned_flops(shapes, [length] * rows, [length] * rows) + head == counted
+    assert unpruned_flops(shapes, [length] * rows, [length] * rows) + head == counted

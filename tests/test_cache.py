@@ -8,10 +8,10 @@ import torch
 from transformers import LlamaConfig
 
 from dare_hf.cache import DareCache, DareLayer
+from dare_hf.cache.hop_counters import HopCounters
 from dare_hf.cache.ring import QueryRing
 from dare_hf.cache.slab import limit, roomy
 from dare_hf.errors import DareInputError, DareStateError
-from dare_hf.hops import HopCounters
 
 
 def random_kv(rows: int, count: int, heads: int = 2, dim: int = 4, **kwargs):

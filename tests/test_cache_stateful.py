@@ -8,8 +8,8 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dare_hf.cache import DareCache
+from dare_hf.cache.hop_counters import HopCounters
 from dare_hf.errors import DareStateError
-from dare_hf.hops import HopCounters
 
 # Layer 1 is never used. Layers differ in heads, dimensions and dtype: none may speak for another.
 SHAPES = {0: (1, 2, 2, torch.float64), 2: (2, 3, 1, torch.float32)}

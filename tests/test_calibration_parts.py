@@ -8,13 +8,13 @@ import pytest
 import torch
 from laws import inputs_of, shared_model
 
-from dare_hf.adapters import locate
-from dare_hf.attention import AttentionCall
+from dare_hf.architectures.locate import locate
 from dare_hf.calibration.budgets import convex_costs, measure_cut_layer, spread_budget
 from dare_hf.calibration.observe import Tokens, watching
 from dare_hf.calibration.ridge import STRENGTHS, CrossFitted, Moments
 from dare_hf.errors import DareInputError
-from dare_hf.modality import resolve_span, vision_token_ids
+from dare_hf.forward.modality import resolve_span, vision_token_ids
+from dare_hf.scoring.observe import AttentionCall
 
 
 def test_ridge_from_sums_equals_ridge_from_samples():

@@ -7,14 +7,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dare_hf import compat, masks, routed_layer
-from dare_hf.adapters import REFUSED, SPECS, find_spec
+from dare_hf import compat
+from dare_hf.architectures.locate import SPECS, find_spec
+from dare_hf.architectures.supported import REFUSED
 from dare_hf.cache import DareLayer
 from dare_hf.cli import app
 from dare_hf.conformance import architectures, run_row
 from dare_hf.conformance.laws import LawBroken, identity, oracle
 from dare_hf.conformance.page import expected, renewed
 from dare_hf.conformance.subject import Subject
+from dare_hf.engine import masks, routed_layer
 from dare_hf.errors import DareInputError, UnsupportedModelError
 
 FAST = {"qwen3_vl", "idefics3", "mllama", "qwen3_5", "kimi_k25", "blip-2", "paligemma", "udop"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dare_hf import DareCache, last_report
-from dare_hf.adapters import locate
+from dare_hf.architectures.locate import locate
 from dare_hf.compat import CACHE, cache_of
 from dare_hf.conformance.laws import PRUNED, hold_run
 from dare_hf.conformance.subject import Subject

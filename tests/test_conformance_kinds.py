@@ -7,7 +7,7 @@ import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from dare_hf import DareCache
-from dare_hf.adapters import SPECS
+from dare_hf.architectures.locate import SPECS
 from dare_hf.compat import CACHE
 from dare_hf.conformance import architectures
 from dare_hf.conformance.subject import Subject

@@ -8,7 +8,7 @@ from peft import get_peft_model
 from peft_runs import LEARNED, adapted, learn, routers, tokens
 
 from dare_hf import DareConfig, last_report
-from dare_hf.attach import state_of
+from dare_hf.engine.attach import state_of
 from dare_hf.routing.retention import build_table
 from dare_hf.testing import (
     HopRules,
@@ -88,7 +88,7 @@ def test_rates_are_read_again_when_they_changed_and_only_then():
 def test_a_devices_rates_are_read_by_version_and_identity(monkeypatch):
     model = adapted(tiny_model("llava"))
     controller = state_of(model).controller
-    monkeypatch.setattr("dare_hf.active_adapter._stacked", lambda logits: None)
+    monkeypatch.setattr("dare_hf.engine.active_adapter._stacked", lambda logits: None)
     controller.follow_adapter()
     read = controller.table
     controller.follow_adapter()

@@ -19,7 +19,7 @@ from places import (
 from transformers import AutoModelForImageTextToText
 
 from dare_hf import apply_dare, remove_dare
-from dare_hf.adapters import locate
+from dare_hf.architectures.locate import locate
 
 CPU = torch.device("cpu")
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from dare_hf.accounting import LayerShape
-from dare_hf.report import DareReport, ReportBuilder
+from dare_hf.report import DareReport
+from dare_hf.report.builder import ReportBuilder
+from dare_hf.report.flops import LayerShape
 
 SHAPE = LayerShape(linear_macs=100, q_heads=2, kv_heads=1, qk_dim=4, v_dim=4)
 

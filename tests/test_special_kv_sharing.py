@@ -7,8 +7,8 @@ import pytest
 import torch
 from test_laws_attention import flex, text_attention  # noqa: F401
 
-from dare_hf import DareCache, DareConfig, last_report, routed_layer
-from dare_hf.adapters import locate
+from dare_hf import DareCache, DareConfig, last_report
+from dare_hf.architectures.locate import locate
 from dare_hf.compat import CACHE, cache_of
 from dare_hf.conformance.laws import (
     HOPPING,
@@ -21,8 +21,9 @@ from dare_hf.conformance.laws import (
     padding,
 )
 from dare_hf.conformance.subject import Subject
+from dare_hf.engine import routed_layer
+from dare_hf.engine.settings import resolve
 from dare_hf.errors import DareConfigError
-from dare_hf.settings import resolve
 from dare_hf.testing.families import FAMILIES
 from dare_hf.testing.samples import batch_of
 

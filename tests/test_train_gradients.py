@@ -8,7 +8,7 @@ from laws import FP32_TOLERANCE, TINY_MODELS, assert_close
 from router_runs import controller_of, routed, trainee, written_batch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from dare_hf import routed_layer
+from dare_hf.engine import routed_layer
 from dare_hf.routing import gates
 from dare_hf.simulation.damping import damped, mark_closed
 from dare_hf.testing import tiny_model

@@ -15,8 +15,8 @@ import torch
 import transformers
 
 import dare_hf
-from dare_hf import DareConfig, accounting, apply_dare, last_report, register_scorer, remove_dare
-from dare_hf.adapters.registry import locate
+from dare_hf import DareConfig, apply_dare, last_report, register_scorer, remove_dare
+from dare_hf.architectures.locate import locate
 from dare_hf.benchmark.random_llava import (
     DTYPES,
     Setting,
@@ -25,6 +25,7 @@ from dare_hf.benchmark.random_llava import (
     linear_scorer,
 )
 from dare_hf.errors import DareConfigError
+from dare_hf.report.flops import head_flops, shapes_of, unpruned_flops
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -140,9 +141,9 @@ def _wait(device: str) -> None:
 
 def _unpruned_flops(model: nn.Module, setting: Setting) -> int:
     parts = locate(model)
-    shapes = accounting.shapes_of(parts.layers, parts.text_config)
-    head = accounting.head_flops(setting.hidden, setting.vocab, 1)
-    return accounting.unpruned_flops(shapes, [setting.tokens], [setting.tokens]) + head
+    shapes = shapes_of(parts.layers, parts.text_config)
+    head = head_flops(setting.hidden, setting.vocab, 1)
+    return unpruned_flops(shapes, [setting.tokens], [setting.tokens]) + head
 
 
 def _check(setting: Setting) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
-from dare_hf.apply import dare_disabled
+from dare_hf.api import dare_disabled
 from dare_hf.calibration.budgets import measure_cut_layer
 from dare_hf.calibration.continuation import continued
 from dare_hf.calibration.observe import Tokens, watching
@@ -17,7 +17,7 @@ from dare_hf.calibration.rates import RateCosts, RateFit
 from dare_hf.calibration.ridge import CrossFitted
 from dare_hf.config import DareConfig
 from dare_hf.errors import DareConfigError, DareInputError, DareStateError
-from dare_hf.modality import resolve_span
+from dare_hf.forward.modality import resolve_span
 from dare_hf.routing.kinds import PAD, TEXT, VISION
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dare_hf.calibration.observe import Seen
-    from dare_hf.controller import Controller
+    from dare_hf.engine.controller import Controller
     from dare_hf.routers.router import Router
 
 logger = logging.get_logger("dare_hf")

@@ -8,19 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dare_hf.adapters import attention_of
-from dare_hf.attention import AttentionCall, observed_name, visible_keys
+from dare_hf.architectures.locate import attention_of
+from dare_hf.architectures.tensor_parallel import head_mean, shared_heads
+from dare_hf.engine.attention_functions import observed_name
+from dare_hf.engine.undo import UndoRecord
 from dare_hf.routing.kinds import TEXT, VISION
 from dare_hf.routing.scores import HeadMean, attention_scores, local_mean
-from dare_hf.tensor_parallel import head_mean, shared_heads
-from dare_hf.undo import UndoRecord
+from dare_hf.scoring.attention import visible_keys
+from dare_hf.scoring.observe import AttentionCall
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch import Tensor, nn
 
-    from dare_hf.adapters import Anatomy
+    from dare_hf.architectures.locate import Anatomy
 
 # Queries that are scored together; keys of their own window are left out.
 _WINDOW = 32

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
-from dare_hf.apply import dare_disabled
+from dare_hf.api import dare_disabled
 from dare_hf.calibration.budgets import spread_budget
 from dare_hf.routing.kinds import TEXT, VISION
 from dare_hf.simulation.layout import read_layout
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from dare_hf.controller import Controller
+    from dare_hf.engine.controller import Controller
     from dare_hf.routers.router import Router
 
 logger = logging.get_logger("dare_hf")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dare_hf.adapters import locate
-from dare_hf.apply import last_report
+from dare_hf.api import last_report
+from dare_hf.architectures.locate import locate
 from dare_hf.cache import DareCache
 from dare_hf.compat import CACHE, cache_of
 from dare_hf.config import DareConfig

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dare_hf.adapters import REFUSED, SPECS
+from dare_hf.architectures.locate import SPECS
+from dare_hf.architectures.supported import REFUSED
 from dare_hf.conformance.runner import architectures
 from dare_hf.testing.clips import clip_of
 from dare_hf.testing.families import family_of

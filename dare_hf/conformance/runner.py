@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from dare_hf.adapters import find_spec
+from dare_hf.architectures.locate import find_spec
 from dare_hf.conformance.laws import CHECKS, LawBroken
 from dare_hf.conformance.subject import Subject
 from dare_hf.errors import DareInputError, UnsupportedModelError

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dare_hf.adapters import locate
-from dare_hf.apply import apply_dare, remove_dare
+from dare_hf.api import apply_dare, remove_dare
+from dare_hf.architectures.locate import locate
 from dare_hf.config import DareConfig
-from dare_hf.scorers import register_scorer
+from dare_hf.scoring.base import register_scorer
 from dare_hf.testing.clips import clip_of
 from dare_hf.testing.families import family_of
 from dare_hf.testing.models import PAD_ID

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dare_hf.demo.cost import ReportedCost
 from dare_hf.evaluation.measurement import default_batch_size
-from dare_hf.report import amount, ratio
+from dare_hf.report.report import amount, ratio
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

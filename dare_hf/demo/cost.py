@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dare_hf import accounting
-from dare_hf.adapters.registry import locate
+from dare_hf.architectures.locate import locate
 from dare_hf.evaluation.costs import ReportTotals
+from dare_hf.report.flops import shapes_of, unpruned_generate_flops, unpruned_kv_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +47,7 @@ class PlainCost:
 
     def __init__(self, model: Any, columns: SampledColumns) -> None:
         parts = locate(model)
-        self.shapes = accounting.shapes_of(parts.layers, parts.text_config)
+        self.shapes = shapes_of(parts.layers, parts.text_config)
         self.hidden, self.vocab = parts.text_config.hidden_size, parts.text_config.vocab_size
         self.itemsize, self.columns = model.dtype.itemsize, columns
         self.flops = self.kv_bytes = self.sampled = 0
@@ -57,11 +57,11 @@ class PlainCost:
         prompts = batch.inputs["attention_mask"].sum(1).tolist()
         sampled = self.columns(batch)
         self.sampled += sampled * len(prompts)
-        self.flops += accounting.unpruned_generate_flops(
+        self.flops += unpruned_generate_flops(
             self.shapes, prompts, sampled, hidden=self.hidden, vocab=self.vocab
         )
         stored = [prompt + sampled - 1 for prompt in prompts]
-        self.kv_bytes += accounting.unpruned_kv_bytes(self.shapes, stored, self.itemsize)
+        self.kv_bytes += unpruned_kv_bytes(self.shapes, stored, self.itemsize)
 
 
 class ReportedCost:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from transformers.generation.streamers import BaseStreamer
 
 from dare_hf import DareCache
+from dare_hf.cache.hop_counters import counters_of
 from dare_hf.compat import CACHE
-from dare_hf.hops import counters_of
 from dare_hf.visualize import held_patches, plot_retention, stored_columns
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dare_hf.apply import apply_dare
-from dare_hf.attach import check_free
+from dare_hf.api import apply_dare
 from dare_hf.config import DareConfig
+from dare_hf.engine.attach import check_free
 from dare_hf.errors import AdapterMismatchError, DareInputError
 from dare_hf.routers.files import read_adapter
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dare_hf.apply import last_report
-from dare_hf.report import MODALITIES
+from dare_hf.api import last_report
+from dare_hf.report.report import MODALITIES
 
 if TYPE_CHECKING:
     from dare_hf.report import DareReport

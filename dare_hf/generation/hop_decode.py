@@ -24,10 +24,10 @@ from transformers.generation import (
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
+from dare_hf.cache.hop_counters import counters_of
 from dare_hf.compat import CACHE, span_inputs
 from dare_hf.errors import DareInputError
 from dare_hf.generation.hop_block import Block, Carried
-from dare_hf.hops import counters_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dare_hf.cache import DareCache
-    from dare_hf.context import GenerationCall
+    from dare_hf.forward.generation_call import GenerationCall
     from dare_hf.generation.hop_types import Piece
 
 # Limits that count columns from the start of the row: they grow by every injected column.

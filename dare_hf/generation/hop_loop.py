@@ -11,20 +11,20 @@ from transformers import GenerationMixin
 from transformers.generation import StoppingCriteriaList, StopStringCriteria
 from transformers.utils import logging
 
-from dare_hf.adapters import attention_of
+from dare_hf.architectures.locate import attention_of
+from dare_hf.cache.hop_counters import counters_of
 from dare_hf.compat import CACHE
+from dare_hf.engine.generate import offered_loop
 from dare_hf.errors import DareConfigError, DareInputError, DareStateError
-from dare_hf.generate import offered_loop
 from dare_hf.generation.hop_decode import Decoding
 from dare_hf.generation.hop_input import HopInputReader
 from dare_hf.generation.hop_types import HopInput, HopPrompt, HopState, OnHop
 from dare_hf.generation.interleaved import decode_images, find_images, image_token_ids
-from dare_hf.hops import counters_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from dare_hf.context import GenerationCall
+    from dare_hf.forward.generation_call import GenerationCall
     from dare_hf.generation.hop_types import Piece
     from dare_hf.generation.vq_decoder import VQPatchDecoder
 

@@ -8,7 +8,8 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
-from dare_hf.config import PEFT_TYPE, DareConfig
+from dare_hf.config import DareConfig
+from dare_hf.config.dare_config import PEFT_TYPE
 from dare_hf.peft_method.layer import RouterLayer
 from dare_hf.peft_method.tuner import PREFIX, DareTuner
 

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, cast
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
-from dare_hf.active_adapter import ActiveAdapter
-from dare_hf.adapters import locate
-from dare_hf.attach import (
+from dare_hf.architectures.locate import locate
+from dare_hf.compat import adapter_methods
+from dare_hf.config import DareConfig
+from dare_hf.engine.active_adapter import ActiveAdapter
+from dare_hf.engine.attach import (
     attach,
     check_free,
     new_controller,
@@ -21,23 +23,21 @@ from dare_hf.attach import (
     unwrap,
     watch_attention,
 )
-from dare_hf.compat import adapter_methods
-from dare_hf.config import DareConfig
+from dare_hf.engine.settings import check_adapter, made_for, resolve
+from dare_hf.engine.undo import UndoRecord
 from dare_hf.errors import AdapterMismatchError, DareConfigError, DareInputError, DareStateError
 from dare_hf.peft_method.layer import NOT_MERGEABLE, RouterLayer
 from dare_hf.routers.files import check_made_for, check_tensors, shapes
 from dare_hf.routers.holder import NAME
-from dare_hf.settings import check_adapter, made_for, resolve
-from dare_hf.undo import UndoRecord
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor, nn
 
-    from dare_hf.adapters import Anatomy
-    from dare_hf.attach import ModelState
-    from dare_hf.settings import Settings
+    from dare_hf.architectures.locate import Anatomy
+    from dare_hf.engine.attach import ModelState
+    from dare_hf.engine.settings import Settings
 
 PREFIX = "dare_"
 

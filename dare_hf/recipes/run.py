@@ -14,15 +14,15 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from dare_hf.adapters.registry import locate
-from dare_hf.apply import apply_dare, remove_dare
+from dare_hf.api import apply_dare, remove_dare
+from dare_hf.architectures.locate import locate
 from dare_hf.assets import model_path
 from dare_hf.calibration import fit_router
 from dare_hf.config import DareConfig
 from dare_hf.demo.embedded import RUNNERS, runner_type
 from dare_hf.errors import DareStateError
+from dare_hf.forward.modality import vision_token_ids
 from dare_hf.generation.interleaved import allow_image_tokens
-from dare_hf.modality import vision_token_ids
 from dare_hf.recipes.data import ResponseCollator, TaskCollator, datasets_of
 from dare_hf.training import DareTrainer
 from dare_hf.training.attaching import add_adapter

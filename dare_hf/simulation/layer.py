@@ -14,8 +14,8 @@ from dare_hf.simulation.damping import mark_closed
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dare_hf.context import ForwardContext
-    from dare_hf.routed_layer import LayerState
+    from dare_hf.engine.routed_layer import LayerState
+    from dare_hf.forward.facts import ForwardContext
     from dare_hf.simulation.simulation import Route, Simulation
 
 # Log gates are 0 or the floor's; what is under this is closed.

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from dare_hf.errors import DareInputError
-from dare_hf.hops import delimiter_ends
+from dare_hf.forward.delimiters import delimiter_ends
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from dare_hf.context import TokenRules
+    from dare_hf.forward.token_rules import TokenRules
 
 IGNORED = -100
 

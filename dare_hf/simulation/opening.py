@@ -8,10 +8,11 @@ import torch
 
 from dare_hf.cache import TokenLog
 from dare_hf.compat import CACHE
-from dare_hf.context import ForwardContext
 from dare_hf.errors import DareInputError
-from dare_hf.modality import resolve_span
-from dare_hf.reading import forced_of, padding_of
+from dare_hf.forward.facts import ForwardContext
+from dare_hf.forward.inputs import padding_of
+from dare_hf.forward.modality import resolve_span
+from dare_hf.forward.token_rules import forced_of
 from dare_hf.routing.kinds import PAD, TEXT, VISION
 from dare_hf.routing.selection import isin_ids
 from dare_hf.simulation.layout import Layout, read_layout
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from dare_hf.context import TokenRules
-    from dare_hf.controller import Controller
+    from dare_hf.engine.controller import Controller
+    from dare_hf.forward.token_rules import TokenRules
 
 
 def open_simulation(arguments: Mapping[str, Any], controller: Controller) -> ForwardContext | None:

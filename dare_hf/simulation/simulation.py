@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dare_hf.cache import TokenLog
-from dare_hf.hop_pruning import HopPruner, StoredTokens, never_thins
+from dare_hf.hops.eviction import HopPruner, StoredTokens, never_thins
 from dare_hf.routing import gates
 from dare_hf.routing.even_grid import even_grid
 from dare_hf.routing.kinds import PAD, TEXT, VISION
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dare_hf.config import DareConfig
-    from dare_hf.context import ForwardContext
+    from dare_hf.forward.facts import ForwardContext
     from dare_hf.routers.router import Router
     from dare_hf.routing.retention import RetentionTable
-    from dare_hf.scorers import Scorer
+    from dare_hf.scoring.base import Scorer
 
 Counts = list[list[list[int]]]  # [row][hop][text | vision]
 MODALITIES = (TEXT, VISION)

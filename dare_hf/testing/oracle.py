@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dare_hf.adapters import attention_of, locate
+from dare_hf.architectures.locate import attention_of, locate
 from dare_hf.routing import reference
 from dare_hf.testing.models import CHAMELEON_TEXT_IDS, IMAGE_ID
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dare_hf.attach import state_of
+from dare_hf.engine.attach import state_of
 from dare_hf.errors import DareStateError
 from dare_hf.routing.kinds import TEXT, VISION
 from dare_hf.routing.losses import hard_loss, ratio_loss, soft_loss

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from dare_hf.attach import state_of
+from dare_hf.engine.attach import state_of
 
 
 def cosine_temperature(progress: float, start: float, end: float) -> float:

@@ -9,7 +9,7 @@ import torch
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from dare_hf.attach import state_of
+from dare_hf.engine.attach import state_of
 from dare_hf.errors import DareConfigError
 from dare_hf.training.auxiliary import auxiliary_loss
 from dare_hf.training.checkpoints import attached, load_adapters, save_adapters

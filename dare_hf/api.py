@@ -1,0 +1,150 @@
+"""Putting DARE on a model and taking it off: the one entry."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dare_hf.architectures.locate import locate
+from dare_hf.config import DareConfig
+from dare_hf.engine.active_adapter import ActiveAdapter
+from dare_hf.engine.attach import (
+    attach,
+    check_free,
+    new_controller,
+    new_router,
+    state_of,
+    unwrap,
+    watch_attention,
+)
+from dare_hf.engine.settings import check_adapter, made_for, resolve
+from dare_hf.engine.undo import UndoRecord
+from dare_hf.errors import DareConfigError, DareStateError, UnsupportedModelError
+from dare_hf.routers.files import check_made_for, check_tensors, read_adapter, shapes
+from dare_hf.routers.holder import NAME, RouterHolder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from dare_hf.architectures.locate import Anatomy
+    from dare_hf.engine.settings import Settings
+    from dare_hf.report import DareReport
+
+# The name of the one adapter that apply_dare puts on a model.
+ADAPTER = "default"
+
+
+def apply_dare(
+    model: nn.Module,
+    config: DareConfig | str | os.PathLike[str] | None = None,
+    *,
+    processor: Any = None,
+) -> nn.Module:
+    """Make `model` route its tokens; in place.
+
+    Args:
+        model: A supported vision-language model of transformers, or a PeftModel around one.
+        config: What to prune, None for the safe training-free preset; or the folder or hub id of a
+            trained router adapter, whose configuration and weights are read. Such an adapter is
+            not one of peft's: LoRA adapters on the same model stay as they are.
+        processor: Only needed when `hop_delimiters` of the configuration holds strings.
+
+    Returns:
+        The same model.
+
+    Raises:
+        DareConfigError: The configuration does not fit this model, or there is no such adapter.
+        DareStateError: The model already has DARE.
+        UnsupportedModelError: The architecture cannot be routed.
+        AdapterMismatchError: The adapter was made for another depth, width or architecture.
+    """
+    target = unwrap(model)
+    if not isinstance(target, nn.Module):
+        raise UnsupportedModelError(
+            f"model: expected a loaded vision-language model of transformers; got {model!r}"
+        )
+    weights = None
+    if isinstance(config, (str, os.PathLike)):
+        config, weights = read_adapter(os.fspath(config))
+    config = DareConfig.preset("safe") if config is None else config
+    if not isinstance(config, DareConfig):
+        raise DareConfigError(
+            f"config: expected a DareConfig, an adapter's folder or hub id, or None; got "
+            f"{type(config).__name__}"
+        )
+    check_free(target)
+    anatomy = locate(target)
+    check_made_for(config, made_for(anatomy))
+    check_adapter(config, present=weights is not None)
+    settings = resolve(target, config, anatomy, processor)
+    controller = new_controller(settings, anatomy)
+    undo = UndoRecord()
+    try:
+        state = attach(target, controller, undo, owner="apply_dare")
+        watch_attention(target, state, settings)
+        if weights is not None:
+            _put_routers(anatomy, settings, weights, undo)
+            controller.adapter = ActiveAdapter(anatomy.layers)
+            controller.adapter.settings[ADAPTER] = settings
+            controller.follow_adapter()
+    except BaseException:
+        undo.undo()
+        raise
+    return model
+
+
+def remove_dare(model: nn.Module) -> nn.Module:
+    """Take DARE off: the model is exactly what it was.
+
+    Raises:
+        DareStateError: The model has no DARE, or peft owns its adapter.
+    """
+    state = state_of(model)
+    if state.owner == "peft":
+        raise DareStateError(
+            "expected a model that apply_dare was called on; the adapter of this one is peft's. "
+            "Call model.unload() on the PeftModel, or model.delete_adapter(name)"
+        )
+    state.undo.undo()
+    return model
+
+
+@contextmanager
+def dare_disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Run the model without DARE inside the block, in this thread; LoRA adapters stay on.
+
+    Raises:
+        DareStateError: The model has no DARE.
+    """
+    with state_of(model).controller.disable():
+        yield model
+
+
+def last_report(model: nn.Module) -> DareReport:
+    """The report of this thread's last generate or forward of `model`, as plain numbers.
+
+    Raises:
+        DareStateError: The model has no DARE, or nothing has run yet.
+    """
+    return state_of(model).controller.last_report()
+
+
+def _put_routers(
+    anatomy: Anatomy, settings: Settings, weights: list[dict[str, Tensor]], undo: UndoRecord
+) -> None:
+    """Give each layer a router with the weights of an adapter's file, frozen."""
+    fresh = [new_router(settings, anatomy, i) for i in range(len(anatomy.layers))]
+    found = {f"{i}.{name}": t for i, part in enumerate(weights) for name, t in part.items()}
+    wanted = {f"{i}.{name}": t for i, r in enumerate(fresh) for name, t in r.state_dict().items()}
+    check_tensors(shapes(found.items()), shapes(wanted.items()))
+    for layer, router, tensors in zip(anatomy.layers, fresh, weights, strict=True):
+        with torch.no_grad():
+            router.load_state_dict(tensors)
+        router.requires_grad_(False)
+        undo.child(layer, NAME, RouterHolder({ADAPTER: router}))

@@ -1,0 +1,1 @@
+"""Which models can be routed, and where their decoder layers are: architectures as data."""

@@ -1,0 +1,346 @@
+"""DareConfig: what a user asks of routing, checked when it is said."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from numbers import Integral, Real
+from typing import Any, Literal, get_args
+
+from peft.config import PeftConfig
+
+from dare_hf.config.checks import choice, flag, integer, number, optional, refuse
+from dare_hf.config.model_card import write_card
+from dare_hf.errors import DareConfigError
+
+
+class DarePeftType(str, Enum):  # noqa: UP042 - as peft's own PeftType, whose str() it copies
+    """The PEFT method's name, a key of peft's tables; equal to and hashed as the plain string."""
+
+    DARE_ROUTER = "DARE_ROUTER"
+
+
+PEFT_TYPE = DarePeftType.DARE_ROUTER
+
+Schedule = Literal["safe", "two_stage", "constant", "learned"]
+BatchBudget = Literal["row", "equal"]
+Pruned = Literal["bypass", "drop"]
+HopScore = Literal["stored", "observed"]
+HopBudget = Literal["pooled", "per_hop"]
+Decode = Literal["full", "routed"]
+ScoreScaling = Literal["straight_through", "multiply"]
+Selector = Literal["soft_topk", "gumbel"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "safe": {
+        "schedule": "safe",
+        # What the safe schedule keeps, as a mean over the layers: thirds of 1, 1/2 and 1/4.
+        "vision_retention": 7 / 12,
+        "text_retention": 1.0,
+        "plan_every": 4,
+        "uniform_share": 0.25,
+        "hop_decay": 1.0,
+        "scorer": "attention",
+    },
+    "paper": {
+        "schedule": "two_stage",
+        "vision_retention": 0.4,
+        "text_retention": 0.7,
+        "pruned": "bypass",
+        "scorer": "router",
+    },
+}
+
+
+@dataclass
+class DareConfig(PeftConfig):
+    """Settings of DARE routing, as a PEFT configuration (``adapter_config.json``).
+
+    Retention is the share that is KEPT: 1 minus the compression ratio other tools speak of. The
+    fields of `peft.PeftConfig` (task_type, base_model_name_or_path, inference_mode, ...) work as
+    they do there.
+
+    Attributes:
+        vision_retention: target share of vision tokens a layer works on, mean over layers, in
+            (0, 1]. Read by the schedules "two_stage" and "constant", and as the training target.
+        text_retention: the same for text tokens.
+        schedule: how the target spreads over layers: "two_stage" (full rate up to cut_layer, a
+            quarter of it behind, for vision; even for text), "constant" (the target everywhere),
+            "safe" (text 1; vision 1, 1/2, 1/4 by thirds of the depth), "learned" (an adapter's
+            table), or one (vision, text) pair in (0, 1] for each layer.
+        plan_every: layers that share one selection, >= 1.
+        batch_budget: "row" gives each row of a batch its own token count; "equal" gives every row
+            the batch's largest (no masks, but a row's result then depends on its batch).
+        uniform_share: share of each image's budget that an even grid over it takes first, [0, 1].
+        cut_layer: last layer of two_stage's first stage: "auto" (half the depth), a layer index
+            >= 0 or a fraction of the depth in (0, 1).
+        prefix_tokens: first tokens of every hop that are always kept, >= 0.
+        pruned: what happens to a token that is not kept: "bypass" skips this layer and competes
+            again in the next, "drop" is out for all deeper layers.
+        scorer: "attention", "router" (needs a trained adapter), "random", "key_norm", "position" or
+            a name given to register_scorer.
+        hop_delimiters: what ends a hop of generated tokens: token ids >= 0, sequences of them, or
+            strings (where a processor is given).
+        hop_aware: rates per hop (True) or one row of rates for all hops.
+        max_hops: hops with rates of their own, >= 1; later hops use the last one's.
+        hop_decay: factor on the vision rates for each hop after hop 1, in (0, 1].
+        hop_score: score by which closed hops are thinned: "stored" (when the token was processed)
+            or "observed" (by the hop's last queries). None: "observed" for the attention scorer.
+        hop_budget: "pooled" lets tokens of all closed hops compete, "per_hop" those of one
+            hop. None: "per_hop" for the attention scorer.
+        max_kv_tokens: most tokens a layer may hold per row, >= 1. None: no cap.
+        decode: "full" runs sampled tokens through all layers; "routed" skips layers by score.
+        decode_window: sampled tokens after which a hop is closed even without a delimiter, >= 1.
+            None: never.
+        always_keep_token_ids: token ids (>= 0) that are never pruned.
+        image_token_ids: token ids (>= 0) that are vision. None: found in the model's config.
+        normalize_input: router input is RMS-normal (without parameters) first.
+        score_scaling: "straight_through" leaves values as they are and passes the gradient;
+            "multiply" multiplies a layer's update by the score, in training and inference.
+        selector: relaxation of the selection in training: "soft_topk" or the paper's "gumbel".
+        tau_start: temperature of training at its start, > 0.
+        tau_end: temperature of training at its end, > 0.
+        soft_temperature: T of soft_topk's sigmoid, > 0.
+        lambda_ratio: weight of the text ratio loss, >= 0.
+        lambda_soft: weight of the vision loss up to the cut, >= 0.
+        lambda_hard: weight of the vision loss behind the cut, >= 0.
+        mu: factor of the hinge in the vision loss behind the cut, >= 0.
+        epsilon: score above which that hinge acts, >= 0.
+        seed: seed of the random scorer, any integer.
+        num_layers: decoder layers of the model an adapter was made for, >= 1. None: a fresh
+            configuration; written when the adapter is made, checked when it is loaded.
+        hidden_size: hidden size of that model, >= 1 or None, likewise.
+        model_type: `config.model_type` of that model or None, likewise.
+        peft_type: "DARE_ROUTER".
+
+    Raises:
+        DareConfigError: a value of the wrong type or out of its range, also NaN.
+    """
+
+    vision_retention: float = 0.4
+    text_retention: float = 0.7
+    schedule: Schedule | tuple[tuple[float, float], ...] = "two_stage"
+    plan_every: int = 1
+    batch_budget: BatchBudget = "row"
+    uniform_share: float = 0.0
+    cut_layer: int | float | Literal["auto"] = "auto"
+    prefix_tokens: int = 2
+    pruned: Pruned = "bypass"
+    scorer: str = "attention"
+    hop_delimiters: tuple[int | tuple[int, ...] | str, ...] = ()
+    hop_aware: bool = True
+    max_hops: int = 8
+    hop_decay: float = 1.0
+    hop_score: HopScore | None = None
+    hop_budget: HopBudget | None = None
+    max_kv_tokens: int | None = None
+    decode: Decode = "full"
+    decode_window: int | None = None
+    always_keep_token_ids: tuple[int, ...] = ()
+    image_token_ids: tuple[int, ...] | None = None
+    normalize_input: bool = True
+    score_scaling: ScoreScaling = "straight_through"
+    selector: Selector = "soft_topk"
+    tau_start: float = 1.0
+    tau_end: float = 0.2
+    soft_temperature: float = 0.05
+    lambda_ratio: float = 1.0
+    lambda_soft: float = 1.0
+    lambda_hard: float = 1.0
+    mu: float = 0.1
+    epsilon: float = 0.3
+    seed: int = 0
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    model_type: str | None = None
+    peft_type: str | None = PEFT_TYPE
+
+    def __post_init__(self) -> None:
+        """Check every field and bring it into its one form (floats, tuples)."""
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise DareConfigError(str(error)) from error
+        for name, check in _CHECKS.items():
+            setattr(self, name, check(name, getattr(self, name)))
+
+    @property
+    def resolved_hop_score(self) -> HopScore:
+        """`hop_score`, or what None means for this scorer."""
+        return self.hop_score or ("observed" if self.scorer == "attention" else "stored")
+
+    @property
+    def resolved_hop_budget(self) -> HopBudget:
+        """`hop_budget`, or what None means for this scorer."""
+        return self.hop_budget or ("per_hop" if self.scorer == "attention" else "pooled")
+
+    @property
+    def learns_rates(self) -> bool:
+        """Whether the rates are an adapter's parameters."""
+        return self.schedule == "learned"
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether a token's update is multiplied by its score, so that each layer needs scores."""
+        return self.score_scaling == "multiply"
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json``, and beside an adapter's tensors the model card.
+
+        Args:
+            save_directory: the folder.
+            kwargs: as `peft.PeftConfig.save_pretrained`.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        if self.num_layers is None:
+            return
+        named = isinstance(self.schedule, str)
+        facts = {
+            "made for": f"{self.model_type}, {self.num_layers} layers of width {self.hidden_size}",
+            "retention targets": f"vision {self.vision_retention}, text {self.text_retention}",
+            "scorer": self.scorer,
+            "schedule": self.schedule if named else "one (vision, text) pair for each layer",
+            "rates by hop": f"yes, {self.max_hops}" if self.hop_aware else "no",
+            "hop delimiters": list(self.hop_delimiters),
+        }
+        write_card(save_directory, self.base_model_name_or_path, facts)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "DareConfig":
+        """A named configuration, with some fields set otherwise.
+
+        Args:
+            name: "safe" (training-free, what ``apply_dare(model)`` uses) or "paper" (0.4 / 0.7, two
+                stages, trained router).
+            overrides: fields of DareConfig that replace the preset's.
+
+        Raises:
+            DareConfigError: no such preset, or a value out of range.
+        """
+        if name not in PRESETS:
+            known = ", ".join(repr(preset) for preset in sorted(PRESETS))
+            raise DareConfigError(f"preset must be one of {known}, got {name!r}.")
+        return cls(**(PRESETS[name] | overrides))
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> "DareConfig":
+        """Build from the fields of an ``adapter_config.json``, without PEFT's table of methods.
+
+        Raises:
+            DareConfigError: the file belongs to another PEFT method, or has fields unknown here.
+        """
+        _peft_type("peft_type", kwargs.get("peft_type", PEFT_TYPE.value))
+        unknown = sorted(set(kwargs) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise DareConfigError(
+                f"adapter_config.json has fields this version does not know: {', '.join(unknown)}. "
+                "It was written by a newer dare_hf or peft: upgrade, or remove them from the file."
+            )
+        return cls(**kwargs)
+
+
+def _peft_type(name: str, value: Any) -> str:
+    if value != PEFT_TYPE:
+        raise refuse(name, f"{PEFT_TYPE.value!r}", value)
+    return PEFT_TYPE
+
+
+def _model_type(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise refuse(name, "the model_type of a transformers config", value)
+    return value
+
+
+def _scorer(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise refuse(name, "the name of a scorer", value)
+    return value
+
+
+def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple | range):
+        raise refuse(name, "a tuple of token ids >= 0", value)
+    return tuple(_token_id(name, item) for item in value)
+
+
+def _schedule(name: str, value: Any) -> str | tuple[tuple[float, float], ...]:
+    if isinstance(value, str) and value in get_args(Schedule):
+        return value
+    is_pairs = isinstance(value, list | tuple) and len(value) > 0
+    if not is_pairs or not all(isinstance(p, list | tuple) and len(p) == 2 for p in value):
+        names = ", ".join(repr(choice) for choice in get_args(Schedule))
+        raise refuse(name, f"one of {names} or one (vision, text) pair per layer", value)
+    return tuple(
+        (_rate(f"{name}[{layer}] vision", vision), _rate(f"{name}[{layer}] text", text))
+        for layer, (vision, text) in enumerate(value)
+    )
+
+
+def _cut_layer(name: str, value: Any) -> int | float | str:
+    if isinstance(value, str) and value == "auto":
+        return value
+    if isinstance(value, Integral) and not isinstance(value, bool) and value >= 0:
+        return int(value)
+    if isinstance(value, Real) and not isinstance(value, Integral) and 0 < value < 1:
+        return float(value)
+    raise refuse(name, '"auto", a layer index >= 0 or a fraction of the depth in (0, 1)', value)
+
+
+def _delimiters(name: str, value: Any) -> tuple[int | tuple[int, ...] | str, ...]:
+    if not isinstance(value, list | tuple):
+        raise refuse(name, "a tuple of token ids, token-id sequences or strings", value)
+    return tuple(_delimiter(f"{name}[{index}]", item) for index, item in enumerate(value))
+
+
+def _delimiter(name: str, value: Any) -> int | tuple[int, ...] | str:
+    if isinstance(value, list | tuple | str):
+        if len(value) == 0:
+            raise refuse(name, "a token id >= 0, a sequence of them or a string, not empty", value)
+        return value if isinstance(value, str) else _token_ids(name, value)
+    return _token_id(name, value)
+
+
+_rate = number("a number in (0, 1]", above=0, most=1)
+_positive = number("a finite number > 0", above=0)
+_weight = number("a finite number >= 0", least=0)
+_count = integer("an integer >= 1", 1)
+_token_id = integer("a token id (an integer >= 0)", 0)
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "vision_retention": _rate,
+    "text_retention": _rate,
+    "schedule": _schedule,
+    "plan_every": _count,
+    "batch_budget": choice(BatchBudget),
+    "uniform_share": number("a number in [0, 1]", least=0, most=1),
+    "cut_layer": _cut_layer,
+    "prefix_tokens": integer("an integer >= 0", 0),
+    "pruned": choice(Pruned),
+    "scorer": _scorer,
+    "hop_delimiters": _delimiters,
+    "hop_aware": flag,
+    "max_hops": _count,
+    "hop_decay": _rate,
+    "hop_score": optional(choice(HopScore)),
+    "hop_budget": optional(choice(HopBudget)),
+    "max_kv_tokens": optional(_count),
+    "decode": choice(Decode),
+    "decode_window": optional(_count),
+    "always_keep_token_ids": _token_ids,
+    "image_token_ids": optional(_token_ids),
+    "normalize_input": flag,
+    "score_scaling": choice(ScoreScaling),
+    "selector": choice(Selector),
+    "tau_start": _positive,
+    "tau_end": _positive,
+    "soft_temperature": _positive,
+    "lambda_ratio": _weight,
+    "lambda_soft": _weight,
+    "lambda_hard": _weight,
+    "mu": _weight,
+    "epsilon": _weight,
+    "seed": integer("an integer"),
+    "num_layers": optional(_count),
+    "hidden_size": optional(_count),
+    "model_type": optional(_model_type),
+    "peft_type": _peft_type,
+}

@@ -1,0 +1,1 @@
+"""What runs on a patched model: hooks of a forward, routed layers, generate, and their undoing."""

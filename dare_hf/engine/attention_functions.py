@@ -1,0 +1,107 @@
+"""Attention functions that let a scorer read queries, keys and values on their way.
+
+HF resolves attention by name. For each implementation a `dare_<name>` is registered that calls
+the original and, only while a forward asks for it, scores the keys by the last queries. The
+mask function of the same name is registered with it: without one, masks vanish silently.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dare_hf.errors import DareStateError
+from dare_hf.scoring.observe import AttentionCall
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+PREFIX = "dare_"
+
+
+class _BaseView:
+    """An attention module as its flash function must see it: with the original's name.
+
+    transformers 5.23 looks the flash kernels up by `module.config._attn_implementation`.
+    """
+
+    def __init__(self, module: Any, implementation: str) -> None:
+        self._module, self._attn_implementation = module, implementation
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        return _BaseView(value, self._attn_implementation) if name == "config" else value
+
+
+def observed_name(implementation: str) -> str:
+    """Name of the observing twin of an attention implementation; registered on first use."""
+    name = PREFIX + implementation
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        AttentionInterface.register(name, _observing(implementation))
+        masks = ALL_MASK_ATTENTION_FUNCTIONS
+        if implementation in masks.valid_keys():
+            AttentionMaskInterface.register(name, masks[implementation])
+    return name
+
+
+def check_attention(config: Any, implementation: str, watched: bool) -> None:
+    """Refuse a text model whose attention is another than when DARE was put on.
+
+    Masks are gathered in the form of that one, and scores are read by its watching twin.
+
+    Args:
+        config: The text config.
+        implementation: The name it had.
+        watched: Whether attention has to be read.
+
+    Raises:
+        DareStateError: It is another now.
+    """
+    now = config._attn_implementation_internal
+    if now != PREFIX + implementation and (watched or now != implementation):
+        raise DareStateError(
+            f"expected the attention implementation the model had when DARE was put on, "
+            f"{implementation!r}; it is {now!r} now (set_attn_implementation?). Call "
+            "remove_dare(model), set the attention implementation, then apply_dare(model) again"
+        )
+
+
+def _observing(implementation: str) -> Any:
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        function = _original(module, implementation)
+        state = module.__dict__.get("_dare")
+        caller = _BaseView(module, implementation) if "flash" in implementation else module
+        if state is None:
+            return function(caller, query, key, value, attention_mask, *args, **kwargs)
+        tensors = (query, key, value)
+        scaling = _scale(kwargs.get("scaling"), query)
+        call = AttentionCall(scaling, kwargs.get("sliding_window"), attention_mask, state.mean)
+        call = call._replace(mask=state.before_attention(tensors, call))
+        output = function(caller, query, key, value, call.mask, *args, **kwargs)
+        state.after_attention(tensors, call)
+        return output
+
+    attend.__name__ = PREFIX + implementation
+    return attend
+
+
+def _original(module: nn.Module, implementation: str) -> Any:
+    if implementation == "eager":  # not in the interface: each modeling file has its own
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[implementation]
+
+
+def _scale(scaling: float | None, query: Tensor) -> float:
+    return query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -1,0 +1,395 @@
+"""The controller of one model: opens a context per forward, keeps what outlives it."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from dare_hf.architectures.locate import attention_of
+from dare_hf.architectures.tensor_parallel import kv_shares, share_note
+from dare_hf.cache import DareCache, TokenLog
+from dare_hf.cache.refused import check_caches
+from dare_hf.compat import CACHE, checkpoints, named_cache
+from dare_hf.engine.attention_functions import check_attention
+from dare_hf.engine.plan import Planner
+from dare_hf.engine.recorder import Recorder
+from dare_hf.engine.thread_state import OpenForward, ThreadState
+from dare_hf.errors import DareStateError
+from dare_hf.forward.hop_closing import close_context
+from dare_hf.forward.inputs import open_context
+from dare_hf.hops.compaction import compact
+from dare_hf.hops.eviction import never_thins
+from dare_hf.hops.in_forward import InnerHops
+from dare_hf.report.flops import shapes_of
+from dare_hf.simulation import SimulationRecord, open_simulation
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+    from dare_hf.architectures.locate import Anatomy
+    from dare_hf.engine.active_adapter import ActiveAdapter
+    from dare_hf.engine.settings import Settings
+    from dare_hf.forward.facts import ForwardContext
+    from dare_hf.forward.generation_call import GenerationCall
+    from dare_hf.report import DareReport
+    from dare_hf.report.flops import LayerShape
+    from dare_hf.routers.router import Router
+
+
+# Keyword arguments of a forward that the model itself never sees.
+_OWN = ("modality_mask", "hop_ids")
+
+
+class Controller:
+    """What DARE knows about one model; reached from each routed layer.
+
+    Attributes:
+        config: The configuration.
+        table: Rates by hop, layer and modality.
+        scorer: Who scores tokens.
+        rules: What the configuration says about single tokens.
+        anatomy: Where the model's layers are.
+        base_implementation: The attention implementation the model had.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        anatomy: Anatomy,
+        base_implementation: str,
+        exempt: frozenset[int],
+    ) -> None:
+        self.anatomy, self.base_implementation, self.exempt = anatomy, base_implementation, exempt
+        self.adapter: ActiveAdapter | None = None
+        self.configure(settings)
+        self._shares = kv_shares(anatomy)
+        self.notes = share_note(self._shares)
+        self.tau = self.config.tau_start
+        self.token_kwargs = dict(anatomy.spec.token_kwargs)
+        found = [getattr(attention_of(m), "expand_kv", None) for m in anatomy.layers]
+        self._expanders = found if any(found) else None
+        self._local = ThreadState()
+        self._recompute: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def configure(self, settings: Settings) -> None:
+        """Route by these settings from the next forward on."""
+        config, table = settings.config, settings.table
+        self.config, self.table = config, table
+        self.scorer, self.rules = settings.scorer, settings.rules
+        self._observes = settings.observes
+        self.planner = Planner(config, table)
+        rates = [rate for row in (*table.vision, *table.text) for rate in row]
+        self.never_prunes = min(rates) >= 1.0 and config.max_kv_tokens is None
+        layers = range(len(self.anatomy.layers))
+        self._unthinned = {i for i in layers if never_thins(config, table, i)}
+
+    def follow_adapter(self) -> None:
+        """Take over what has become of the active adapter: another one, or other rates."""
+        changed = None if self.adapter is None else self.adapter.changed()
+        if changed is not None:
+            self.configure(changed)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Controller:
+        import copy
+
+        twin = object.__new__(Controller)
+        memo[id(self)] = twin
+        for name, value in vars(self).items():
+            fresh = WeakTensorKeyDictionary() if name == "_recompute" else None
+            setattr(twin, name, fresh if fresh is not None else copy.deepcopy(value, memo))
+        return twin
+
+    @property
+    def shapes(self) -> list[LayerShape]:
+        """What each layer costs now: adapters of peft come and go; windows are not kept to."""
+        shapes = shapes_of(self.anatomy.layers, self.anatomy.text_config)
+        pairs = zip(shapes, self._shares, strict=True)
+        return [replace(shape, window=None, kv_shares=n) for shape, n in pairs]
+
+    @property
+    def disabled(self) -> bool:
+        """Whether the model is the plain one now: `dare_disabled` in this thread, or peft."""
+        switched_off = self.adapter is not None and not self.adapter.running
+        return switched_off or self._local.disabled > 0
+
+    @contextmanager
+    def disable(self) -> Iterator[None]:
+        """Run the plain model in this thread."""
+        self._local.disabled += 1
+        try:
+            yield
+        finally:
+            self._local.disabled -= 1
+
+    @property
+    def routers(self) -> list[Router] | None:
+        """The active adapter's router of each decoder layer; None without an adapter."""
+        return None if self.adapter is None else self.adapter.routers
+
+    # what the routed layers ask
+
+    @property
+    def context(self) -> ForwardContext | None:
+        """The forward this thread is in."""
+        return self._local.contexts[-1].context if self._local.contexts else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the hidden states."""
+        return next(p.dtype for p in self.anatomy.layers[0].parameters() if p.is_floating_point())
+
+    @property
+    def stores_scores(self) -> bool:
+        """Whether scores must outlive the forward, for hops that close later."""
+        return self.config.resolved_hop_score == "stored" and not self.never_prunes
+
+    def keeps_queries(self, layer: int) -> bool:
+        """Whether a layer keeps its last queries, for hops that close later."""
+        if self.config.resolved_hop_score != "observed" or layer in self._unthinned:
+            return False
+        if self.anatomy.sources[layer] != layer:  # it stores no keys
+            return False
+        call = self._local.calls[-1] if self._local.calls else None
+        later = self.rules.closes_hops or call is None or call.continues
+        return later or self.config.max_kv_tokens is not None
+
+    def is_exempt(self, layer: int) -> bool:
+        """Whether a layer keeps everything whatever its rate."""
+        return layer in self.exempt
+
+    def captures(self, layer: int, context: ForwardContext) -> bool:
+        """Whether the attention of `layer` is needed to score the layer after it."""
+        after = layer + 1
+        if not self.scorer.needs_attention or context.span is None:
+            return False
+        if after >= len(self.anatomy.layers) or self.table.plan_layers[after] != after:
+            return False
+        if self.stores_scores:
+            return True
+        return self.planner.prunes(context, after, context.plans.get(layer))
+
+    def find_context(self, kwargs: Mapping[str, Any]) -> ForwardContext | None:
+        """The open forward, or the closed one that gradient checkpointing repeats a layer of."""
+        if self._local.contexts:
+            return self._local.contexts[-1].context
+        if self.disabled or not torch.is_grad_enabled() or not len(self._recompute):
+            return None
+        marker = _marker(kwargs)
+        return self._recompute.get(marker) if marker is not None else None
+
+    def remember_context(self, kwargs: Mapping[str, Any], context: ForwardContext) -> None:
+        """Note which forward these layer arguments belong to, for a later recomputation."""
+        if torch.is_grad_enabled() and (marker := _marker(kwargs)) is not None:
+            self._recompute[marker] = context
+
+    # forwards
+
+    def before_forward(self, module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Open the context of a forward of `module`; its keyword arguments may change.
+
+        Raises:
+            DareInputError: A foreign cache, or modality that cannot be told.
+            DareStateError: The attention implementation was changed since DARE was put on.
+        """
+        self._drop_stale(module)
+        kwargs = named_cache(kwargs)
+        if self.disabled or self._local.contexts:
+            return _without_own(kwargs)
+        self.follow_adapter()
+        check_caches(kwargs)
+        check_attention(self.anatomy.text_config, self.base_implementation, self._observes)
+        call = self._local.calls[-1] if self._local.calls else None
+        if call is None and self._open_simulation(module, kwargs):
+            self._keep_span(kwargs)
+            return _without_own(kwargs) | {"use_cache": False, CACHE: None}
+        cache = self._cache_for(kwargs)
+        started = time.perf_counter()
+        taught = kwargs | self._local.lesson if call is None else kwargs
+        context = open_context(taught, cache, self.rules, call)
+        recorder = self._recorder(cache, call)
+        if cache is not None:
+            recorder.note_compaction(compact(cache, self.config, self.table, self._expanders))
+            cache.begin()
+        if InnerHops.inside(context, self.config):
+            log = cache.log if cache is not None else TokenLog()
+            context.inner_hops = InnerHops(context, log, self.config, self.table)
+        self._local.contexts.append(OpenForward(module, context, kwargs, started, recorder))
+        self._keep_span(kwargs)
+        return _without_own(kwargs)
+
+    def _keep_span(self, kwargs: dict[str, Any]) -> None:
+        """Let no layer be cut to a part of the span, from which no token could be chosen.
+
+        Of a number, layers that share keys compute the last `logits_to_keep` columns only
+        (transformers, Gemma 4); of indices they compute all. One column, or what was sampled after
+        it, runs in any case.
+        """
+        keep, context = kwargs.get("logits_to_keep"), self.context
+        if not isinstance(keep, int) or not keep or context is None or not self.anatomy.shares:
+            return
+        # nor can a flex mask be cut (Gemma 4 asks for the implementation by its own name)
+        flex = self.base_implementation.endswith("flex_attention")
+        if flex or context.simulation is not None or keep > max(context.sampled) + 1:
+            last = torch.arange(context.length, device=context.device)[-keep:]
+            kwargs["logits_to_keep"] = last
+
+    def _open_simulation(self, module: Any, kwargs: dict[str, Any]) -> bool:
+        """Open the context of a training forward, where this is one the compact path leaves."""
+        context = open_simulation(kwargs | self._local.lesson, self)
+        if context is None:
+            return False
+        self._local.record = None
+        self._local.contexts.append(OpenForward(module, context, kwargs, time.perf_counter(), None))
+        return True
+
+    @contextmanager
+    def teach(self, **lesson: Any) -> Iterator[None]:
+        """Read forwards of the block by these `labels` and `hop_ids`, whatever reaches the model.
+
+        A trainer may take the labels out of the arguments (label smoothing), or call the model
+        inside the one that takes labels (TRL).
+        """
+        before, self._local.record = self._local.lesson, None
+        self._local.lesson = {name: value for name, value in lesson.items() if value is not None}
+        try:
+            yield
+        finally:
+            self._local.lesson = before
+
+    @property
+    def record(self) -> SimulationRecord | None:
+        """What this thread's last training forward noted for the auxiliary losses."""
+        return self._local.record
+
+    def _drop_stale(self, module: Any) -> None:
+        """Forget forwards that an interrupt (KeyboardInterrupt) left open."""
+        opened = [entry.module is module for entry in self._local.contexts]
+        if any(opened):
+            self.drop_contexts(opened.index(True))
+
+    def drop_contexts(self, depth: int) -> None:
+        """Roll back and forget open forwards beyond the first `depth`."""
+        while len(self._local.contexts) > depth:
+            context = self._local.contexts.pop().context
+            context.release()
+            if (cache := context.cache) is not None:
+                cache.rollback()
+
+    def after_forward(self, module: Any, *, failed: bool) -> None:
+        """Close the context that `module` opened; a failed forward leaves the cache as it was."""
+        if not self._local.contexts or self._local.contexts[-1].module is not module:
+            return
+        entry = self._local.contexts.pop()
+        context, cache = entry.context, entry.context.cache
+        if context.simulation is not None and not failed:
+            self._local.record = context.simulation.record
+        context.release()
+        if context.simulation is not None:
+            return
+        if failed:
+            if cache is not None:
+                cache.rollback()
+            return
+        if cache is not None:
+            cache.commit()
+        close_context(context, entry.kwargs, self.rules)
+        recorder = entry.recorder
+        assert recorder is not None
+        recorder.note_forward(context)
+        capped = self.config.max_kv_tokens is not None
+        ended = context.span_ends is not None and not any(context.sampled)
+        if capped and cache is not None and ended:
+            recorder.note_compaction(compact(cache, self.config, self.table, self._expanders))
+        context.cache = None
+        if not self._local.calls:
+            recorder.builder.seconds(time.perf_counter() - entry.started)
+
+    def _cache_for(self, kwargs: dict[str, Any]) -> DareCache | None:
+        """The DareCache of a forward; one is made where HF would make its own."""
+        cache = kwargs.get(CACHE)
+        if cache is not None:
+            return self._arranged(cache)
+        wanted = kwargs.get("use_cache")
+        if kwargs.get("labels") is not None:
+            kwargs["use_cache"] = wanted = False
+        if wanted is None:
+            wanted = getattr(self.anatomy.text_config, "use_cache", True)
+        if not wanted or any(checkpoints(layer) for layer in self.anatomy.layers):
+            return None
+        kwargs[CACHE] = cache = self._arranged(DareCache())
+        return cache
+
+    def _arranged(self, cache: DareCache) -> DareCache:
+        """The cache with room for the layers of a hybrid model that are not routed."""
+        if self.anatomy.unrouted:
+            cache.arrange(self.anatomy.slots, self.anatomy.text_config)
+        return cache
+
+    def _recorder(self, cache: DareCache | None, call: GenerationCall | None) -> Recorder:
+        """Who counts: one per generate, and for bare forwards one per sequence."""
+        last = self._local.last
+        if call is not None:
+            if call.recorder is None:
+                call.recorder = Recorder(self, cache)
+            recorder = call.recorder
+            recorder.cache = cache
+        elif (
+            cache is not None
+            and cache.get_seq_length()
+            and last is not None
+            and (last.cache is cache)
+        ):
+            recorder = last
+        else:
+            recorder = Recorder(self, cache)
+        self._local.last = recorder
+        if cache is not None:
+            cache.recorder = recorder
+        return recorder
+
+    # generate
+
+    def enter_generate(self, call: GenerationCall) -> None:
+        """A generate call begins in this thread."""
+        self._local.calls.append(call)
+
+    def leave_generate(self, elapsed: float) -> None:
+        """It ends; the report is frozen."""
+        self.drop_contexts(0)
+        call = self._local.calls.pop()
+        if call.recorder is not None:
+            call.recorder.builder.seconds(elapsed)
+            call.recorder.freeze()
+
+    def last_report(self) -> DareReport:
+        """The report of this thread's last generate or forward.
+
+        Raises:
+            DareStateError: Nothing has run yet.
+        """
+        if self._local.last is None:
+            raise DareStateError(
+                "expected a model that has run generate or a forward since apply_dare; nothing "
+                "has run yet in this thread. Call model.generate(...) first"
+            )
+        return self._local.last.report()
+
+
+def _without_own(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments without those that only DARE reads."""
+    return {name: value for name, value in kwargs.items() if name not in _OWN}
+
+
+def _marker(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """A tensor that HF passes to all layers of one forward and that checkpointing keeps."""
+    embeddings = kwargs.get("position_embeddings")
+    if isinstance(embeddings, (tuple, list)):
+        return embeddings[0]
+    return embeddings if embeddings is not None else kwargs.get("position_ids")

@@ -1,0 +1,202 @@
+"""The plan of a layer: which tokens of this forward run it, chosen from their scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dare_hf.routing.even_grid import even_grid
+from dare_hf.routing.kinds import TEXT, VISION
+from dare_hf.routing.retention import budget
+from dare_hf.routing.selection import equalise, gather_index, keep_mask
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dare_hf.config import DareConfig
+    from dare_hf.forward.facts import ForwardContext
+    from dare_hf.routing.retention import RetentionTable
+
+
+@dataclass
+class Plan:
+    """Which tokens run; shared by the layers that reuse it.
+
+    Attributes:
+        kept: Per row the real [text, vision] span tokens that run.
+        width: K, columns the layer sees.
+        index: Long[B, K] running columns in position order, fills first; None when all S run.
+        live: Bool[B, K], False for pads and for tokens that only fill a ragged row; None if all
+            are live.
+        keep: Bool[B, S] the running tokens; None when all real ones run.
+        scores: Float32[B, S] they were chosen by, None where none were needed.
+        cut: Whether transformers hands the layer its last columns only.
+        gathered: What was gathered for this plan, by argument name and identity; None once the
+            forward is over (kept, it would hold the very tensors a recomputation is found by).
+    """
+
+    kept: list[list[int]]
+    width: int
+    index: Tensor | None = None
+    live: Tensor | None = None
+    keep: Tensor | None = None
+    scores: Tensor | None = None
+    cut: bool = False
+    gathered: dict[Any, tuple[Any, Any]] | None = field(default_factory=dict)
+    _queries: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the layer runs on HF's own tensors: nothing pruned, only pads may be dead."""
+        return self.keep is None
+
+    def rows(self, context: ForwardContext) -> Tensor:
+        """Long[B|1, K]: running columns among the S new ones."""
+        if self.index is not None:
+            return self.index
+        return torch.arange(context.length, device=context.device)[None]
+
+    def running(self, context: ForwardContext) -> list[int]:
+        """Real tokens per row that run, sampled ones included."""
+        return [sum(k) + s for k, s in zip(self.kept, context.sampled, strict=True)]
+
+    def take(self, tensor: Tensor, fill: Any = None) -> Tensor:
+        """[B, S] brought to [B, K]; dead columns take `fill` where it is given."""
+        taken = tensor if self.index is None else tensor.gather(1, self.index)
+        if fill is None or self.live is None:
+            return taken
+        return taken.masked_fill(~self.live, fill)
+
+    def span_live(self, context: ForwardContext) -> Tensor:
+        """Bool[B, K]: running tokens that belong to the span."""
+        span = self.take(context.span_and_forced()[0])
+        return span if self.live is None else span & self.live
+
+    def queries(self, context: ForwardContext, window: int) -> tuple[Tensor, Tensor]:
+        """The last `window` running text tokens of the span, any modality where text is fewer.
+
+        Returns:
+            Long[B, W] their columns among the K, and Bool[B, W] which of them there are.
+        """
+        if self._queries is None:
+            span = self.span_live(context)
+            text = span & (self.take(context.modality) == TEXT)
+            enough = text.sum(1, keepdim=True) >= window
+            eligible = torch.where(enough, text, span)
+            order = torch.arange(1, self.width + 1, device=span.device) * eligible
+            last = order.topk(min(window, self.width), dim=1).values
+            self._queries = (last - 1).clamp(min=0), last > 0
+        return self._queries
+
+    def tail(self, context: ForwardContext, width: int) -> Plan:
+        """The plan of a layer that transformers hands the last `width` columns only.
+
+        They all run: the span's last token is forced, and sampled ones follow it.
+        """
+        last = torch.arange(context.length - width, context.length, device=context.device)
+        index = last.expand(context.batch, -1)
+        live = None if context.valid is None else context.valid[:, -width:]
+        ends = [[int(any(row)), 0] for row in context.counts]
+        real = context.modality >= 0
+        return Plan(ends, width, index, live, real, self.scores, cut=True, gathered=None)
+
+    def spread(self, scores: Tensor, previous: Tensor | None, context: ForwardContext) -> Tensor:
+        """[B, K] scores written into the full [B, S]; tokens that did not run keep their last."""
+        if self.index is None and self.live is None:
+            return scores
+        shape = (context.batch, context.length)
+        base = scores.new_zeros(shape) if previous is None else previous
+        if self.live is not None:
+            scores = torch.where(self.live, scores, self.take(base))
+        return scores if self.index is None else base.scatter(1, self.index, scores)
+
+
+def keep_all(context: ForwardContext) -> Plan:
+    """The plan under which every real token runs; one for all layers of a forward."""
+    if context.full_plan is None:
+        counts = [list(c) for c in context.counts]
+        context.full_plan = Plan(kept=counts, width=context.length, live=context.valid)
+    return context.full_plan
+
+
+class Planner:
+    """Makes a layer's plan from rates, counts and scores.
+
+    Args:
+        config: The configuration.
+        table: The rates of the model.
+    """
+
+    def __init__(self, config: DareConfig, table: RetentionTable) -> None:
+        self.config, self.table = config, table
+
+    def budgets(self, context: ForwardContext, layer: int) -> list[list[int]]:
+        """Host budgets per row, [text, vision], before forced tokens and survivors."""
+        rate = self.table.rate
+        rows = [
+            [budget(rate(hop, layer, m), counts[m]) for m in (TEXT, VISION)]
+            for hop, counts in zip(context.span_hop, context.counts, strict=True)
+        ]
+        return equalise(rows, context.counts) if self.config.batch_budget == "equal" else rows
+
+    def prunes(self, context: ForwardContext, layer: int, before: Plan | None) -> bool:
+        """Whether the layer leaves out any token of the span."""
+        if context.span is None:
+            return False
+        if self.config.pruned == "drop" and before is not None and before.keep is not None:
+            return True
+        return self.budgets(context, layer) != context.counts
+
+    def plan(
+        self, context: ForwardContext, layer: int, scores: Tensor, before: Plan | None
+    ) -> Plan:
+        """Select the tokens of `layer`.
+
+        Args:
+            context: The forward.
+            layer: The layer that selects.
+            scores: Float32[B, S].
+            before: The plan of the layer before, for pruned="drop".
+        """
+        rows = self.budgets(context, layer)
+        span, forced_mask = context.span_and_forced()
+        available, candidates = context.counts, span
+        if before is not None and before.keep is not None and self.config.pruned == "drop":
+            available, candidates = before.kept, span & before.keep
+        kept = [
+            [min(max(k, f), n) for k, f, n in zip(row, forced, counts, strict=True)]
+            for row, forced, counts in zip(rows, context.forced_counts, available, strict=True)
+        ]
+        device = context.device
+        wanted = torch.tensor(kept).to(device, non_blocking=True)
+        first = None
+        if self.config.uniform_share > 0:
+            first = even_grid(
+                context.modality,
+                candidates,
+                forced_mask,
+                wanted[:, VISION],
+                self.config.uniform_share,
+            )
+        largest = (max(k[TEXT] for k in kept), max(k[VISION] for k in kept))
+        keep = keep_mask(
+            scores, context.modality, candidates, forced_mask, wanted, largest, first=first
+        )
+        return self._finish(context, keep, kept, scores)
+
+    def _finish(
+        self, context: ForwardContext, keep: Tensor, kept: list[list[int]], scores: Tensor
+    ) -> Plan:
+        """Turn a keep mask into the layer's columns; sampled tokens always run."""
+        if any(context.sampled):
+            keep = keep | ((context.modality >= 0) & ~context.span_and_forced()[0])
+        running = [sum(k) + s for k, s in zip(kept, context.sampled, strict=True)]
+        width = max(*running, 1) if len(running) > 1 else max(running[0], 1)
+        if width == context.length:
+            full = min(running) == width
+            return Plan(kept, width, live=None if full else keep, keep=keep, scores=scores)
+        index, live = gather_index(keep, width)
+        ragged = min(running) < width
+        return Plan(kept, width, index, live if ragged else None, keep, scores)

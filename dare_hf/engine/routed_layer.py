@@ -1,0 +1,377 @@
+"""The routed layer: score -> select -> gather -> HF's own layer -> scatter."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dare_hf.compat import CACHE
+from dare_hf.engine.masks import gather_mask
+from dare_hf.engine.plan import Plan, keep_all
+from dare_hf.forward.facts import KeyView
+from dare_hf.hops.in_forward import restrict
+from dare_hf.routing.scores import HeadMean, local_mean
+from dare_hf.scoring.attention import score_span
+from dare_hf.scoring.observe import AttentionCall, push_queries
+from dare_hf.simulation import damped, simulated_forward
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+    from dare_hf.cache import DareLayer
+    from dare_hf.engine.controller import Controller
+    from dare_hf.forward.facts import ForwardContext
+
+# Where a layer's keyword arguments count tokens; masks and caches are handled by name.
+_TOKEN_DIMENSION = {"position_ids": -1, "position_embeddings": -2}
+
+
+@dataclass
+class LayerState:
+    """What DARE keeps on one decoder layer and its attention.
+
+    Attributes:
+        controller: The model's controller.
+        index: The layer's index in the model.
+        inner: The forward that was there before, a bound method.
+        names: Its parameter names after hidden_states, for arguments passed by position.
+        causal: What a None mask means in this layer.
+        exempt: Keep everything here (a sliding layer under flash attention).
+        mean: Over all heads of this layer, where this process holds some.
+    """
+
+    controller: Controller
+    index: int
+    inner: Callable[..., Any]
+    names: tuple[str, ...] = field(default=())
+    causal: bool = True
+    exempt: bool = False
+    mean: HeadMean = local_mean
+
+    @property
+    def source(self) -> int:
+        """The layer whose keys this one reads: itself, or an earlier one."""
+        return self.controller.anatomy.sources[self.index]
+
+    def before_attention(self, tensors: tuple[Tensor, Tensor, Tensor], call: AttentionCall) -> Any:
+        """The mask this layer's attention shall use; called by its attention function."""
+        context = self._watched()
+        if context is None or context.inner_hops is None or context.columns is None:
+            return damped(call.mask, tensors, call.scaling)
+        with torch.no_grad():
+            inner = context.inner_hops
+            allowed = inner.allowed(context, self.index, tensors, call, self.source)
+            return restrict(call.mask, allowed, context.columns)
+
+    def after_attention(self, tensors: tuple[Tensor, Tensor, Tensor], call: AttentionCall) -> None:
+        """Read what attention has seen: the next layer's scores, the queries of the hop."""
+        context = self._watched()
+        if context is None or context.columns is None:
+            return
+        with torch.no_grad():
+            if self.controller.captures(self.index, context):
+                score_span(context, self.index, tensors, call)
+            if self.controller.keeps_queries(self.index) and context.cache is not None:
+                running = context.columns[:, -tensors[0].shape[2] :]
+                push_queries(context.cache.layer(self.index), tensors[0], running, call)
+
+    def _watched(self) -> ForwardContext | None:
+        context = self.controller.context
+        return context if context is not None and context.capture_layer == self.index else None
+
+
+def parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of a layer forward's positional parameters after hidden_states."""
+    parameters = list(inspect.signature(forward).parameters.values())
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(p.name for p in parameters if p.kind in kinds and p.name != "self")[1:]
+
+
+def routed_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The forward DARE puts on a decoder layer; without an open context it is HF's own."""
+    state: LayerState = vars(layer)["_dare"]
+    context = state.controller.find_context(kwargs)
+    if context is None:
+        return state.inner(hidden_states, *args, **kwargs)
+    kwargs.update(zip(state.names, args, strict=False))
+    if context.simulation is not None:
+        state.controller.remember_context(kwargs, context)
+        return simulated_forward(layer, state, context, hidden_states, kwargs)
+    controller = state.controller
+    plan = _plan_for(layer, state, context, controller.anatomy.scored(hidden_states))
+    controller.remember_context(kwargs, context)
+    if controller.anatomy.sources.count(state.index) > 1:
+        context.keys[state.index] = _key_view(state, context, plan, kwargs)
+    _stage(state, context, plan, kwargs)
+    reads = controller.keeps_queries(state.index) or context.inner_hops is not None
+    reads = reads or controller.captures(state.index, context)
+    context.capture_layer = state.index if reads else -1
+    if not _needs_gather(state, context, plan, kwargs):
+        output = state.inner(hidden_states, **kwargs)
+        context.capture_layer = -1
+        return _scatter(_scaled(state, plan, hidden_states, output), hidden_states, plan)
+    if plan.cut:
+        kwargs["attention_mask"] = _tail_mask(state, context, plan, kwargs)
+        output = state.inner(hidden_states, **kwargs)
+        context.capture_layer = -1
+        return _scaled(state, plan, hidden_states, output)
+    gathered = _gather_kwargs(state, context, plan, kwargs)
+    rows = _take_tokens(hidden_states, plan.index, -2) if plan.index is not None else hidden_states
+    output = state.inner(rows, **gathered)
+    context.capture_layer = -1
+    return _scatter(_scaled(state, plan, rows, output), hidden_states, plan)
+
+
+def _plan_for(layer: nn.Module, state: LayerState, context: ForwardContext, hidden: Tensor) -> Plan:
+    """The layer's plan: its own, the one it reuses, or the one a recomputation must repeat."""
+    index = state.index
+    if index in context.plans:
+        return context.plans[index]
+    controller = state.controller
+    if state.source != index:
+        plan = context.plans[state.source]
+        width = hidden.shape[1]
+        context.plans[index] = plan = plan if width == context.length else plan.tail(context, width)
+        return plan
+    source = controller.table.plan_layers[index]
+    before = context.plans.get(index - 1)
+    if state.exempt and not controller.config.multiplies:
+        plan = keep_all(context)
+    elif source != index and source in context.plans and not controller.is_exempt(source):
+        plan = context.plans[source]
+    else:
+        plan = _select(layer, state, context, hidden, before)
+    context.plans[index] = plan
+    return plan
+
+
+def _select(
+    layer: nn.Module,
+    state: LayerState,
+    context: ForwardContext,
+    hidden: Tensor,
+    before: Plan | None,
+) -> Plan:
+    controller, index = state.controller, state.index
+    scored = controller.stores_scores or controller.config.multiplies
+    if state.exempt or not controller.planner.prunes(context, index, before):
+        plan = keep_all(context)
+        if scored:
+            plan = replace(plan, scores=controller.scorer.scores(context, layer, index, hidden))
+        return plan
+    with torch.no_grad():
+        scores = controller.scorer.scores(context, layer, index, hidden.detach())
+        scores = scores.to(context.device)
+        if any(context.sampled) and not scored:
+            # a step of its own would give a sampled token no score either
+            scores = scores.masked_fill(~context.span_and_forced()[0], 0.0)
+        return controller.planner.plan(context, index, scores, before)
+
+
+def _slot(state: LayerState, context: ForwardContext, kwargs: dict[str, Any]) -> DareLayer | None:
+    """The layer's cache, where this forward has one."""
+    if context.cache is None or kwargs.get(CACHE) is None:
+        return None
+    return context.cache.layer(state.index)
+
+
+def _stage(state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[str, Any]) -> None:
+    """Tell the cache layer which tokens the coming update brings."""
+    slot = _slot(state, context, kwargs)
+    if slot is None:
+        return
+    if state.source != state.index:
+        slot.advance(context.past + context.length)
+        return
+    context.cached_before[state.index] = list(slot.kept_host) or [0] * context.batch
+    columns = None
+    if not (plan.plain and context.valid is None):
+        columns = plan.take(context.positions(), fill=-1)
+        slot.plain = slot.plain and plan.plain
+    scores = None
+    if plan.scores is not None:
+        scores = plan.take(plan.scores)
+    running = plan.running(context)
+    slot.stage(columns, context.past + context.length, running, scores)
+
+
+def _needs_gather(
+    state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[str, Any]
+) -> bool:
+    """Whether HF's logical arguments differ from what the layer will really see."""
+    if not plan.plain or context.capture_layer == state.index:
+        return True
+    if state.source != state.index:
+        return context.keys[state.source].gathered
+    slot = _slot(state, context, kwargs)
+    if slot is None:
+        return False
+    dense = slot.plain and slot.width == context.past
+    if dense:
+        return False
+    return slot.holes or kwargs.get("attention_mask") is not None or context.length > 1
+
+
+def _key_view(
+    state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[str, Any]
+) -> KeyView:
+    """This layer's keys of the coming attention, before its cache has them."""
+    slot = _slot(state, context, kwargs)
+    cached = slot.width if slot is not None else 0
+    return KeyView(
+        columns=_columns(context, plan, slot if cached else None),
+        cached=cached,
+        holes=plan.live is not None or (slot is not None and slot.holes),
+        gathered=_needs_gather(state, context, plan, kwargs),
+    )
+
+
+def _tail_mask(
+    state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[str, Any]
+) -> Any:
+    """The mask of the last columns, which is all that the layer got, over its source's keys."""
+    view, mask = context.keys[state.source], kwargs.get("attention_mask")
+    if context.capture_layer == state.index:
+        context.columns, context.column_scores = view.columns, None
+    if mask is None and not view.holes and plan.width == 1:
+        return None
+    rows = torch.arange(plan.width, device=context.device)[None]
+    return gather_mask(
+        mask,
+        rows,
+        view.columns,
+        past=context.past + context.length - plan.width,
+        holes=view.holes,
+        rows_live=plan.live,
+        causal=state.causal,
+        implementation=state.controller.base_implementation,
+        dtype=state.controller.dtype,
+    )
+
+
+def _gather_kwargs(
+    state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    result = dict(kwargs)
+    dims = {**_TOKEN_DIMENSION, **state.controller.token_kwargs}
+    for name, dim in dims.items():
+        if kwargs.get(name) is not None and plan.index is not None:
+            result[name] = _remembered(plan, plan.index, name, kwargs[name], dim)
+    implementation = state.controller.base_implementation
+    if "flash" in implementation and "position_ids" in result:
+        # gaps in the ids of one row would be read as packed sequences (transformers 5.23,
+        # modeling_flash_attention_utils._is_packed_sequence); RoPE is already computed
+        result["position_ids"] = None
+    result["attention_mask"] = _mask(state, context, plan, kwargs)
+    return result
+
+
+def _remembered(plan: Plan, index: Tensor, name: str, value: Any, dim: int) -> Any:
+    """Gather once per plan and argument; layers that reuse the plan share the result."""
+    key = (name, id(value))
+    if plan.gathered is not None and key in plan.gathered:
+        return plan.gathered[key][1]
+    if isinstance(value, (tuple, list)):
+        taken = tuple(_take_tokens(part, index, dim) for part in value)
+    else:
+        taken = _take_tokens(value, index, dim)
+    if plan.gathered is not None:
+        plan.gathered[key] = (value, taken)
+    return taken
+
+
+def _mask(state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[str, Any]) -> Any:
+    """The mask over the running rows and the physical columns, None where HF's would be."""
+    mask = kwargs.get("attention_mask")
+    view = context.keys.get(state.source) or _key_view(state, context, plan, kwargs)
+    if context.capture_layer == state.index:
+        slot = _slot(state, context, kwargs) if view.cached else None
+        own = slot is not None and state.source == state.index
+        context.columns, context.column_scores = view.columns, slot.scores() if own else None
+    if mask is None and not view.holes and (view.cached == 0 or plan.width == 1):
+        return None
+    shared = view.cached == 0 and plan.gathered is not None
+    key = ("attention_mask", id(mask), state.causal)
+    if shared and key in plan.gathered:
+        return plan.gathered[key][1]
+    gathered = gather_mask(
+        mask,
+        plan.rows(context),
+        view.columns,
+        past=context.past,
+        holes=view.holes,
+        rows_live=None if plan.plain else plan.live,
+        causal=state.causal,
+        implementation=state.controller.base_implementation,
+        dtype=state.controller.dtype,
+    )
+    if shared:
+        plan.gathered[key] = (mask, gathered)
+    return gathered
+
+
+def _columns(context: ForwardContext, plan: Plan, slot: Any) -> Tensor:
+    """Long[B|1, C]: logical position of every physical key of the coming attention."""
+    if plan.index is None and plan.live is None:
+        end = context.past + context.length
+        new = torch.arange(context.past, end, device=context.device)[None]
+    else:
+        new = plan.take(context.positions(), fill=-1)
+    if slot is None:
+        return new
+    stored = slot.positions()
+    batch = max(stored.shape[0], new.shape[0])
+    return torch.cat([stored.expand(batch, -1), new.to(stored.device).expand(batch, -1)], dim=1)
+
+
+def _take_tokens(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Gather tokens of a tensor whose token dimension is `dim` and batch dimension before it.
+
+    The batch dimension may be 1, or further dimensions may stand before it (mrope).
+    """
+    dim = dim % tensor.ndim
+    if index.shape[0] == 1 and tensor.shape[dim - 1] == 1:
+        return tensor.index_select(dim, index[0].to(tensor.device))
+    shape = list(tensor.shape)
+    shape[dim - 1] = index.shape[0]
+    tensor = tensor.expand(shape)
+    view = [1] * tensor.ndim
+    view[dim - 1], view[dim] = index.shape
+    shape[dim] = index.shape[1]
+    return tensor.gather(dim, index.to(tensor.device).view(view).expand(shape))
+
+
+def _scaled(state: LayerState, plan: Plan, rows: Tensor, output: Any) -> Any:
+    """The layer's update of each running token times its score, under score_scaling="multiply".
+
+    Source: docs/method.md, section 7.
+    """
+    if not state.controller.config.multiplies:
+        return output
+    if isinstance(output, tuple):
+        return (_scaled(state, plan, rows, output[0]), *output[1:])
+    assert plan.scores is not None
+    scores = plan.take(plan.scores).to(rows.device)[..., None]
+    return rows + (scores * (output - rows)).to(rows.dtype)
+
+
+def _scatter(output: Any, hidden: Tensor, plan: Plan) -> Any:
+    """Write the running tokens' output back; all others keep their input."""
+    if plan.plain:
+        return output
+    if isinstance(output, tuple):
+        return (_scatter(output[0], hidden, plan), *output[1:])
+    index = None if plan.index is None else plan.index.to(hidden.device)
+    if plan.live is not None:
+        source = hidden if index is None else _take_tokens(hidden, index, -2)
+        output = torch.where(plan.live.to(hidden.device)[..., None], output, source)
+    if index is None:
+        return output
+    if index.shape[0] == 1:
+        return hidden.index_copy(-2, index[0], output)
+    return hidden.scatter(-2, index[..., None].expand_as(output), output)

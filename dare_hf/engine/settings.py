@@ -1,0 +1,173 @@
+"""What a configuration means on one model: rates, scorer, token rules, checked together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from transformers.utils import logging
+
+from dare_hf.errors import DareConfigError, UnsupportedModelError
+from dare_hf.forward.delimiters import resolve_delimiters
+from dare_hf.forward.modality import audio_token_ids, check_ids, special_token_ids, vision_token_ids
+from dare_hf.forward.token_rules import TokenRules
+from dare_hf.routing.kinds import TEXT, VISION
+from dare_hf.routing.retention import RetentionTable, build_table, learned_table
+from dare_hf.scoring.base import Scorer, make_scorer
+
+if TYPE_CHECKING:
+    from dare_hf.architectures.locate import Anatomy
+    from dare_hf.config import DareConfig
+
+logger = logging.get_logger("dare_hf")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A configuration resolved for one model.
+
+    Attributes:
+        config: The configuration.
+        table: Rates by hop, layer and modality; of a learned schedule those it starts from.
+        scorer: Who scores tokens.
+        rules: What the configuration says about single tokens.
+        sources: For each layer the one whose keys it reads, and that it follows.
+    """
+
+    config: DareConfig
+    table: RetentionTable
+    scorer: Scorer
+    rules: TokenRules
+    sources: tuple[int, ...]
+
+    @property
+    def observes(self) -> bool:
+        """Whether attention functions must be watched."""
+        observed = self.config.resolved_hop_score == "observed"
+        trains = self.config.scorer == "router" or self.config.learns_rates  # gradients of gates
+        return observed or trains or self.scorer.needs_attention or self.rules.closes_hops
+
+    def layer_rates(self, layer: int) -> list[list[float]]:
+        """[hops][text, vision] rates of one layer."""
+        rates = self.table.rate
+        hops = range(len(self.table.vision))
+        return [[rates(hop, layer, kind) for kind in (TEXT, VISION)] for hop in hops]
+
+
+def made_for(anatomy: Anatomy) -> dict[str, Any]:
+    """What an adapter's configuration says of the model it was made for."""
+    return {
+        "num_layers": len(anatomy.layers),
+        "hidden_size": anatomy.text_config.hidden_size,
+        "model_type": anatomy.spec.model_type,
+    }
+
+
+def resolve(model: Any, config: DareConfig, anatomy: Anatomy, processor: Any = None) -> Settings:
+    """Check a configuration against a model, and resolve what depends on it.
+
+    Args:
+        model: The model that has generate.
+        config: The configuration; whether there is an adapter where it needs one is not asked.
+        anatomy: Where the model's layers are.
+        processor: Encodes `hop_delimiters` that are strings.
+
+    Raises:
+        DareConfigError: The configuration does not fit this model.
+        UnsupportedModelError: The model cannot generate.
+    """
+    if not hasattr(model, "generate"):
+        raise UnsupportedModelError(
+            f"expected a model with generate (…ForConditionalGeneration); got "
+            f"{type(model).__name__}"
+        )
+    spec, model_config = anatomy.spec, model.config
+    rows = model.get_input_embeddings().weight.shape[0]
+    delimiters = resolve_delimiters(config.hop_delimiters, processor)
+    check_ids("image_token_ids", config.image_token_ids, model_config, rows)
+    check_ids("always_keep_token_ids", config.always_keep_token_ids, model_config, rows)
+    for sequence in delimiters:
+        check_ids("hop_delimiters", sequence, model_config, rows)
+    scorer = make_scorer(config, (spec.pre_attention_norm, spec.key_projection))
+    table = _table(config, anatomy, scorer)
+    prunes_text = min(min(row) for row in table.text) < 1.0
+    if prunes_text and scorer.untrained:
+        _warn_text(config)
+    vision = vision_token_ids(model_config, config.image_token_ids)
+    audio = audio_token_ids(model_config, vision)
+    rules = TokenRules(
+        vision_ids=vision,
+        keep_ids=tuple(sorted({*config.always_keep_token_ids, *audio})),
+        protected_ids=special_token_ids(model_config, getattr(model, "generation_config", None)),
+        protect_text=prunes_text and scorer.untrained,
+        prefix=config.prefix_tokens,
+        delimiters=delimiters,
+        window=config.decode_window,
+        type_ids=spec.type_ids,
+    )
+    return Settings(config, table, scorer, rules, anatomy.sources)
+
+
+def _table(config: DareConfig, anatomy: Anatomy, scorer: Scorer) -> RetentionTable:
+    """The rates of a schedule; of "learned" those it starts from: the two_stage table.
+
+    A schedule is laid over the layers that own keys; the others follow their source. A list has
+    a pair for every layer, of which those of followers are not read.
+    """
+    layers, owners = len(anatomy.layers), len(set(anatomy.sources))
+    schedule = "two_stage" if config.learns_rates else config.schedule
+    if not isinstance(schedule, str) and len(schedule) == layers:
+        schedule = schedule[:owners]
+    elif not isinstance(schedule, str):
+        owners = layers  # refused, with the number of layers that was expected
+    table = build_table(
+        owners,
+        schedule=schedule,
+        vision_retention=config.vision_retention,
+        text_retention=config.text_retention,
+        cut_layer=config.cut_layer,
+        plan_every=config.plan_every,
+        max_hops=config.max_hops if config.hop_aware else 1,
+        hop_decay=config.hop_decay if config.hop_aware else 1.0,
+        scorer_needs_history=scorer.needs_attention and not config.learns_rates,
+    )
+    if config.learns_rates:
+        hops = zip(table.text, table.vision, strict=True)
+        pairs = [list(zip(*rows, strict=True)) for rows in hops]
+        table = learned_table(pairs, plan_every=config.plan_every)
+    return table.following(anatomy.sources)
+
+
+def check_adapter(config: DareConfig, *, present: bool) -> None:
+    """Refuse what only an adapter can serve where there is none.
+
+    Raises:
+        DareConfigError: A field asks for a trained adapter.
+    """
+    asked = {"scorer": "router", "schedule": "learned", "score_scaling": "multiply"}
+    for name, value in asked.items():
+        if not present and getattr(config, name) == value:
+            raise DareConfigError(
+                f"{name}: expected a trained router adapter for {value!r}; got a configuration "
+                "without one. Load an adapter (apply_dare(model, 'folder')), train one "
+                f"(peft.get_peft_model(model, config)), or choose another {name}"
+            )
+    if config.decode == "routed":
+        raise DareConfigError(
+            "decode: expected 'full'; got 'routed', which needs thresholds that no adapter holds "
+            "yet. Leave decode at its default: sampled tokens run all layers"
+        )
+    if config.multiplies and config.scorer != "router":
+        raise DareConfigError(
+            "score_scaling: expected scorer='router' for 'multiply'; got scorer="
+            f"{config.scorer!r}. Choose that scorer, or leave score_scaling at its default"
+        )
+
+
+def _warn_text(config: DareConfig) -> None:
+    logger.warning(
+        "text_retention=%s with the untrained scorer %r: pruning text without training changes "
+        "answers. Set text_retention=1.0, or train a router",
+        config.text_retention,
+        config.scorer,
+    )

@@ -1,0 +1,158 @@
+"""Compaction: when a hop begins, every layer's cache is re-pruned to that hop's rates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from dare_hf.cache.hop_counters import counters_of
+from dare_hf.hops.eviction import HopPruner, StoredTokens
+from dare_hf.routing.kinds import TEXT, VISION
+from dare_hf.scoring.observe import observed_scores
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from dare_hf.cache import DareCache, DareLayer
+    from dare_hf.config import DareConfig
+    from dare_hf.routing.retention import RetentionTable
+    from dare_hf.scoring.observe import Expand
+
+# What an older observation is worth beside a newer one (docs/method.md, section 5).
+OBSERVED_DECAY = 0.9
+
+HeldCounts = list[list[list[int]]]  # [layer][row][text | vision]
+
+
+@dataclass
+class Compaction:
+    """What one compaction left, in host numbers.
+
+    Attributes:
+        hops: Per row the hop that begins, 0 for rows that were left alone.
+        held: [layer][row][text | vision] stored tokens of closed hops afterwards.
+        totals: [row][text | vision] all real tokens of closed hops, pruned ones counted.
+    """
+
+    hops: list[int]
+    held: HeldCounts
+    totals: list[list[int]]
+
+
+def due_rows(cache: DareCache) -> list[int]:
+    """Per row the first hop that has begun and was not served, 0 where there is none."""
+    state = counters_of(cache)
+    pairs = zip(state.open_hops(), state.compacted, strict=True)
+    return [served + 1 if hop > served else 0 for hop, served in pairs]
+
+
+def compact(
+    cache: DareCache,
+    config: DareConfig,
+    table: RetentionTable,
+    expanders: Sequence[Expand | None] | None = None,
+) -> Compaction | None:
+    """Prune the stored tokens of closed hops in the rows whose hop has begun.
+
+    What stays is `HopPruner`'s law; the memory of what goes is freed. Several hops that closed in
+    one forward are served one after the other.
+
+    Args:
+        cache: The cache; its hop counters say which rows are due.
+        config: Budgets, scores and the cap.
+        table: Rates by hop, layer and modality.
+        expanders: For each layer what makes keys and values of the latents it stores, None where it
+            stores keys; None where all do.
+
+    Returns:
+        What the last hop that began left; None when no row was due.
+
+    Source: docs/method.md, section 5.
+    """
+    done = None
+    while any(due := due_rows(cache)):
+        state = counters_of(cache)
+        state.compacted = [max(a, b) for a, b in zip(state.compacted, due, strict=True)]
+        done = _begin_hops(cache, config, table, due, expanders)
+    return done
+
+
+def _begin_hops(
+    cache: DareCache,
+    config: DareConfig,
+    table: RetentionTable,
+    due: list[int],
+    expanders: Sequence[Expand | None] | None,
+) -> Compaction:
+    pruner = HopPruner(cache.log, config, table, due)
+    if max(due) == 1 and config.max_kv_tokens is None:
+        return Compaction(due, [], pruner.totals())
+    state = counters_of(cache)
+    pairs = zip(state.ends, due, strict=True)
+    ends = [row[hop - 1] if hop else -1 for row, hop in pairs]
+    slots = [(i, slot) for i, slot in enumerate(cache.stored) if slot.rows]
+    expand = dict(enumerate(expanders or ()))
+    keeps = [pruner.keep(i, _tokens(slot, config, ends, expand.get(i))) for i, slot in slots]
+    left = [
+        pruner.counts_left(slot.positions(), keep)
+        for (_, slot), keep in zip(slots, keeps, strict=True)
+    ]
+    held: HeldCounts = [[[0, 0] for _ in due] for _ in cache.stored]
+    for (i, slot), keep, rows in zip(slots, keeps, _to_host(left), strict=True):
+        held[i] = [row[:2] for row in rows]
+        kept = [row[2] for row in rows]
+        if kept != slot.kept_host:
+            slot.keep_columns(keep, kept)
+    return Compaction(due, held, pruner.totals())
+
+
+def _tokens(
+    slot: DareLayer, config: DareConfig, ends: list[int], expand: Expand | None
+) -> StoredTokens:
+    """The layer's stored tokens; under "observed" its ring scores them anew."""
+    if config.resolved_hop_score != "observed" or slot.ring is None:
+        return StoredTokens(slot.positions(), slot.scores())
+
+    def observed(closed: Tensor) -> Tensor:
+        scores = renewed(slot.scores(), observed_scores(slot, closed, ends, expand), closed)
+        slot.set_scores(scores)
+        return scores
+
+    return StoredTokens(slot.positions(), observed)
+
+
+def renewed(old: Tensor, new: Tensor, closed: Tensor) -> Tensor:
+    """Float32[B, C]: what a closed hop's observation makes of the scores; others stay."""
+    return torch.where(closed, torch.maximum(OBSERVED_DECAY * old, new.float()), old)
+
+
+def _to_host(counts: list[Tensor]) -> list[list[list[int]]]:
+    """One device-to-host copy where all layers are on one device."""
+    if len({tensor.device for tensor in counts}) == 1:
+        return torch.stack(counts).tolist()
+    return [tensor.tolist() for tensor in counts]
+
+
+def stored_counts(cache: DareCache, hops: list[int]) -> tuple[HeldCounts, list[list[int]]]:
+    """What layers hold, and the sequence has, of each row's hops up to `hops`.
+
+    Returns:
+        [layer][row][text | vision] stored tokens, and [row][text | vision] of all real ones.
+    """
+    last = torch.tensor(hops)[:, None]
+    held = []
+    for slot in cache.stored:
+        if not slot.rows:
+            held.append([[0, 0] for _ in hops])
+            continue
+        modality, hop = cache.log.lookup(slot.positions())
+        inside = hop <= last.to(hop.device)
+        parts = [inside & (modality == m) for m in (TEXT, VISION)]
+        held.append(torch.stack([part.sum(1) for part in parts], dim=1).tolist())
+    rows = zip(cache.log.counts_by_hop(), hops, strict=True)
+    totals = [[sum(h[m] for h in row[: end + 1]) for m in (TEXT, VISION)] for row, end in rows]
+    return held, totals

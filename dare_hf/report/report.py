@@ -1,0 +1,98 @@
+"""What a run computed and stored, beside what it would have without pruning."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Phase = Literal["prefill", "decode"]
+MODALITIES = ("text", "vision")  # index = modality id
+
+
+def _phases() -> dict[str, int]:
+    return {"prefill": 0, "decode": 0}
+
+
+@dataclass
+class DareReport:
+    """Plain numbers of one generate or forward, rows summed; holds no tensors.
+
+    Attributes:
+        flops: FLOPs executed, by "prefill" (prompt and injected spans) and "decode" (sampled
+            tokens): decoder layers, scorers and lm_head.
+        flops_baseline: FLOPs of the same tokens without pruning.
+        kv_bytes: Bytes of the real tokens the cache holds, measured on its tensors.
+        kv_bytes_baseline: Bytes of an unpruned cache of the same rows and real tokens.
+        kv_bytes_predicted: Bytes the rates promise, from token counts alone.
+        retention: `[hop][layer][modality]` share of all real tokens of "vision" or "text" in closed
+            hops and in the hop's own span that the layer holds when the hop's sampled tokens begin;
+            None where there is no such token.
+        tokens: `{"vision" | "text": [hop]}` real tokens processed.
+        hops: Number of hops, the prompt's hop 0 included; of the row that has most.
+        seconds: Wall-clock time.
+        skipped_layers: `[layer]` sampled tokens that skipped the layer (routed decode); else empty.
+        notes: What was left unpruned, and why.
+    """
+
+    flops: dict[str, int] = field(default_factory=_phases)
+    flops_baseline: dict[str, int] = field(default_factory=_phases)
+    kv_bytes: int = 0
+    kv_bytes_baseline: int = 0
+    kv_bytes_predicted: int = 0
+    retention: list[list[dict[str, float | None]]] = field(default_factory=list)
+    tokens: dict[str, list[int]] = field(default_factory=lambda: {"vision": [], "text": []})
+    hops: int = 0
+    seconds: float = 0.0
+    skipped_layers: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        total, baseline = sum(self.flops.values()), sum(self.flops_baseline.values())
+        rows = [("prefill", self.flops["prefill"], self.flops_baseline["prefill"], "FLOP")]
+        rows += [("decode", self.flops["decode"], self.flops_baseline["decode"], "FLOP")]
+        rows += [("in all", total, baseline, "FLOP")]
+        rows += [("KV cache", self.kv_bytes, self.kv_bytes_baseline, "B")]
+        lines = [f"DareReport: {self.hops} hop{'s' * (self.hops != 1)}, {self.seconds:.2f} s"]
+        lines += [f"{'':10}{'with DARE':>14}{'unpruned':>14}{'ratio':>8}"]
+        lines += [
+            f"{name:10}{amount(got, unit):>14}{amount(full, unit):>14}{ratio(got, full):>8}"
+            for name, got, full, unit in rows
+        ]
+        if self.kv_bytes_predicted != self.kv_bytes:
+            lines += [f"predicted KV cache: {amount(self.kv_bytes_predicted, 'B')}"]
+        lines += [self._hop_line(hop) for hop in range(len(self.retention))]
+        if any(self.skipped_layers):
+            lines += [f"layer runs skipped by sampled tokens: {sum(self.skipped_layers)}"]
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+    def _hop_line(self, hop: int) -> str:
+        """Tokens of a hop, and the share of what came before that was held when it began."""
+        new, held = [], []
+        for modality in ("vision", "text"):
+            counts = self.tokens[modality]
+            new.append(f"{counts[hop] if hop < len(counts) else 0} {modality}")
+            shares = [layer[modality] for layer in self.retention[hop]]
+            known = [share for share in shares if share is not None]
+            if known:
+                mean, least, most = sum(known) / len(known), min(known), max(known)
+                held.append(f"{mean:.2f} of {modality} (layers {least:.2f} to {most:.2f})")
+        when = "after the prompt" if hop == 0 else "at its begin"
+        return f"hop {hop}: {' + '.join(new)} tokens; held {when}: {', '.join(held) or '-'}"
+
+
+def ratio(got: float, full: float) -> str:
+    """Got / full with two decimals; a dash where there is nothing to compare."""
+    return f"{got / full:.2f}" if full else "-"
+
+
+def amount(value: float, unit: str) -> str:
+    """A count with a decimal prefix: 1234567, "B" -> "1.23 MB"."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if value < 999.5:
+            return f"{value:.3g} {prefix}{unit}"
+        value /= 1000
+    return f"{value:.4g} P{unit}"

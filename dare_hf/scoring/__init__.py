@@ -1,0 +1,1 @@
+"""Who scores tokens: the built-in scorers, and the registry of the user's own."""

@@ -1,0 +1,99 @@
+"""The attention score: what a layer's last text queries attended to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from dare_hf.errors import DareStateError
+from dare_hf.routing.retention import UNSCORED_LAYERS
+from dare_hf.routing.scores import attention_scores
+from dare_hf.scoring.key_norm import KeyNormScorer
+from dare_hf.scoring.observe import WINDOW
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dare_hf.forward.facts import ForwardContext
+    from dare_hf.scoring.observe import AttentionCall
+
+
+@dataclass(frozen=True)
+class AttentionScorer:
+    """What the previous layer's last text queries attended to (method page, "Scores")."""
+
+    key_path: tuple[str | None, str]
+    untrained: bool = True
+    needs_attention: bool = True
+
+    def scores(
+        self, context: ForwardContext, layer: nn.Module, index: int, hidden: Tensor
+    ) -> Tensor:
+        """Float32[B, S]; layers 0 and 1 have no such score and take key_norm.
+
+        Raises:
+            DareStateError: The attention of the layer before was not seen.
+        """
+        if context.span is None:  # no attention score for sampled tokens: the hop's end gives one
+            return torch.zeros(hidden.shape[:2], device=hidden.device)
+        if index < UNSCORED_LAYERS:
+            return KeyNormScorer(self.key_path).scores(context, layer, index, hidden)
+        if context.attention_score is None or context.attention_layer != index - 1:
+            raise DareStateError(
+                "expected the attention implementation DARE set when it was applied; it was "
+                "changed since (set_attn_implementation?). Call remove_dare(model), set the "
+                "attention implementation, then apply_dare(model) again"
+            )
+        return context.attention_score
+
+
+def score_span(
+    context: ForwardContext,
+    layer: int,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    call: AttentionCall,
+) -> None:
+    """Write the attention score of the span's tokens into the context.
+
+    Args:
+        context: The forward; its plan for `layer` says which tokens run, its `columns` which
+            logical token each key is.
+        layer: The layer whose attention this is.
+        tensors: query [B, H, K, d], key [B, Hkv, C, d] (cached tokens first), value.
+        call: How it was called.
+    """
+    query, key, value = tensors
+    plan, columns = context.plans[layer], context.columns
+    index, there = plan.queries(context, WINDOW)
+    taken = query.gather(2, index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+    visible = visible_keys(call, index, columns.expand(query.shape[0], -1), query.shape[2])
+    span = torch.zeros(query.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+    span[:, key.shape[2] - query.shape[2] :] = plan.span_live(context)
+    scores = attention_scores(taken, key, value, visible, there, span, call.scaling, call.mean)
+    new = scores[:, key.shape[2] - query.shape[2] :]
+    context.attention_score = plan.spread(new, context.attention_score, context)
+    context.attention_layer = layer
+
+
+def visible_keys(call: AttentionCall, index: Tensor, columns: Tensor, running: int) -> Tensor:
+    """Bool[B, 1|H, W, C]: what the queries at `index` of the last `running` columns see."""
+    mask = call.mask
+    if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+        mask = mask.expand(index.shape[0], -1, -1, -1)
+        view = index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+        rows = mask.gather(2, view)
+        return rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
+    if hasattr(mask, "mask_mod"):
+        rows = torch.arange(index.shape[0], device=index.device)[:, None, None]
+        keys = torch.arange(columns.shape[1], device=index.device)
+        seen = mask.mask_mod(rows, torch.zeros_like(rows), index[:, :, None], keys)
+        return seen.expand(*index.shape, -1)[:, None]
+    # None, or a flash mask: causal over what is stored, within the layer's window
+    own = columns.gather(1, index + columns.shape[1] - running)
+    distance = own[:, :, None] - columns[:, None, :]
+    seen = (distance >= 0) & (columns >= 0)[:, None, :]
+    if call.window is not None:
+        seen = seen & (distance < call.window)
+    return seen[:, None]

@@ -1,0 +1,129 @@
+"""What a scorer is, and the scorers by name: the built-in ones and the user's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from dare_hf.errors import DareConfigError, DareInputError
+from dare_hf.scoring.attention import AttentionScorer
+from dare_hf.scoring.baselines import PositionScorer, RandomScorer
+from dare_hf.scoring.key_norm import KeyNormScorer
+from dare_hf.scoring.router import RouterScorer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+    from dare_hf.config import DareConfig
+    from dare_hf.forward.facts import ForwardContext
+
+    ScoreFunction = Callable[..., Tensor]
+
+_REGISTERED: dict[str, ScoreFunction] = {}
+BUILT_IN = ("attention", "random", "key_norm", "position", "router")
+
+
+class Scorer(Protocol):
+    """Scores the new tokens of a forward before a layer runs.
+
+    Text that structures the prompt is protected from an `untrained` one; one that
+    `needs_attention` reads the previous layer's.
+    """
+
+    @property
+    def untrained(self) -> bool:
+        """Whether nothing was learned."""
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether it reads the layer before."""
+
+    def scores(
+        self, context: ForwardContext, layer: nn.Module, index: int, hidden: Tensor
+    ) -> Tensor:
+        """Float32[B, S] for hidden states [B, S, D] that enter layer `index`."""
+
+
+def register_scorer(name: str, fn: ScoreFunction) -> None:
+    """Make `fn` available as `DareConfig(scorer=name)`.
+
+    Args:
+        name: A new name; a name registered before is replaced, a built-in one is refused.
+        fn: `fn(hidden [B, S, D], modality [B, S] (0 text, 1 vision, -1 pad), *, layer: int,
+            hop [B, S], positions [B, S]) -> scores [B, S] in [0, 1]`, higher is kept first.
+            positions are 0-based columns of the full sequence, pads included.
+
+    Raises:
+        DareConfigError: The name belongs to a built-in scorer, or fn is not callable.
+    """
+    if name in BUILT_IN or not isinstance(name, str) or not name:
+        raise DareConfigError(
+            f"register_scorer: expected a new name, none of {', '.join(BUILT_IN)}; got {name!r}"
+        )
+    if not callable(fn):
+        raise DareConfigError(f"register_scorer: expected a function; got {type(fn).__name__}")
+    _REGISTERED[name] = fn
+
+
+def make_scorer(config: DareConfig, key_path: tuple[str | None, str]) -> Scorer:
+    """The scorer a configuration names.
+
+    Args:
+        config: The configuration.
+        key_path: The architecture's pre-attention norm and key projection.
+
+    Raises:
+        DareConfigError: The name is unknown.
+    """
+    name = config.scorer
+    if name == "attention":
+        return AttentionScorer(key_path)
+    if name == "random":
+        return RandomScorer(config.seed)
+    if name == "key_norm":
+        return KeyNormScorer(key_path)
+    if name == "position":
+        return PositionScorer()
+    if name in _REGISTERED:
+        return FunctionScorer(name, _REGISTERED[name])
+    if name == "router":
+        return RouterScorer()
+    known = ", ".join((*BUILT_IN, *sorted(_REGISTERED)))
+    raise DareConfigError(f"scorer: expected one of {known}; got {name!r}")
+
+
+@dataclass(frozen=True)
+class FunctionScorer:
+    """A scorer the user registered; its function reads what `register_scorer` says."""
+
+    name: str
+    fn: ScoreFunction
+    untrained: bool = False
+    needs_attention: bool = False
+
+    def scores(
+        self, context: ForwardContext, layer: nn.Module, index: int, hidden: Tensor
+    ) -> Tensor:
+        """Float32[B, S], checked for shape.
+
+        Raises:
+            DareInputError: The function returned something else.
+        """
+        scores = self.fn(
+            hidden,
+            context.modality,
+            layer=index,
+            hop=context.token_hop.long(),
+            positions=context.positions(),
+        )
+        if not isinstance(scores, torch.Tensor) or scores.shape != hidden.shape[:2]:
+            got = list(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+            raise DareInputError(
+                f"scorer {self.name!r}: expected scores of shape {list(hidden.shape[:2])} "
+                f"[batch, tokens]; got {got}"
+            )
+        return scores.float()

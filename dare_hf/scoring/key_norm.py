@@ -1,0 +1,60 @@
+"""Small keys first, by the layer's own key projection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dare_hf.architectures.locate import attention_of
+from dare_hf.routing.scores import key_norm_scores, local_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dare_hf.forward.facts import ForwardContext
+    from dare_hf.routing.scores import HeadMean
+
+
+@dataclass(frozen=True)
+class KeyNormScorer:
+    """Small keys first (as kvpress' Knorm does): a baseline."""
+
+    key_path: tuple[str | None, str]
+    untrained: bool = True
+    needs_attention: bool = False
+
+    def scores(
+        self, context: ForwardContext, layer: nn.Module, index: int, hidden: Tensor
+    ) -> Tensor:
+        """Float32[B, S] from the layer's own key projection, before RoPE."""
+        norm, projection = self.key_path
+        normed = layer.get_submodule(norm)(hidden) if norm else hidden
+        attention: Any = attention_of(layer)
+        mean = _head_mean(attention)
+        if hasattr(attention, "expand_kv"):
+            return key_norm_scores(_latent_keys(attention, normed), mean)
+        if hasattr(attention, "query_key_value"):  # one matrix for all three
+            _, keys, _ = attention._split_heads(attention.query_key_value(normed))
+            return key_norm_scores(keys.transpose(1, 2), mean)
+        keys = layer.get_submodule(projection)(normed)
+        heads = keys.shape[-1] // _head_dim(layer)
+        return key_norm_scores(keys.unflatten(-1, (heads, -1)).transpose(1, 2), mean)
+
+
+def _head_mean(attention: Any) -> HeadMean:
+    """The mean over all heads, as DARE's state on the attention knows it."""
+    return getattr(vars(attention).get("_dare"), "mean", local_mean)
+
+
+def _latent_keys(attention: Any, normed: Tensor) -> Tensor:
+    """[B, H, S, d] keys of multi-head latent attention, not yet rotated: norms are the same."""
+    widths = [attention.kv_lora_rank, attention.qk_rope_head_dim]
+    latent, turned = attention.kv_a_proj_with_mqa(normed).split(widths, dim=-1)
+    latent = attention.kv_a_layernorm(latent)
+    return attention.expand_kv(latent[:, None], turned[:, None])[0]
+
+
+def _head_dim(layer: Any) -> int:
+    attention: Any = attention_of(layer)
+    head_dim = getattr(attention, "head_dim", None)
+    return head_dim or attention.config.hidden_size // attention.config.num_attention_heads

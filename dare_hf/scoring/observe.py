@@ -1,0 +1,87 @@
+"""How an attention is called, and the last queries that score the keys of closed hops."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from dare_hf.cache.ring import QueryRing
+from dare_hf.routing.scores import attention_scores, local_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from dare_hf.cache import DareLayer
+    from dare_hf.routing.scores import HeadMean
+
+    Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+WINDOW = 32
+# Queries a layer remembers: the window, and as many again that a hop may have closed before.
+RING = 2 * WINDOW
+
+
+class AttentionCall(NamedTuple):
+    """How one attention is called.
+
+    Attributes:
+        scaling: Softmax scale.
+        window: Tokens a sliding layer sees where its mask does not say so, None for all.
+        mask: The mask of the running rows over the physical columns.
+        mean: Over all heads, where this process holds some.
+    """
+
+    scaling: float
+    window: int | None
+    mask: Any
+    mean: HeadMean = local_mean
+
+
+def push_queries(slot: DareLayer, query: Tensor, columns: Tensor, call: AttentionCall) -> None:
+    """Remember the layer's last queries for the scores of hops that close later.
+
+    Args:
+        slot: The layer's cache.
+        query: [B, H, K, d] of the running tokens.
+        columns: Long[B|1, K] their logical positions, -1 for fills and pads.
+        call: How their attention is called.
+    """
+    ring = slot.ring or QueryRing.empty(query, call.scaling, call.mean)
+    slot.ring = ring.pushed(query, columns.to(query.device).expand(query.shape[0], -1), RING)
+
+
+def observed_scores(
+    slot: DareLayer, closed: Tensor, ends: list[int], expand: Expand | None = None
+) -> Tensor:
+    """Float32[B, C]: stored keys of closed hops scored by the layer's query ring.
+
+    Args:
+        slot: The layer's cache; without a ring every score is 0.
+        closed: Bool[B, C] stored columns that belong to closed hops.
+        ends: Per row the last position of the hop that closed; later queries do not count.
+        expand: What makes keys and values of the latents that are stored; None where keys are.
+    """
+    ring, keys, values = slot.ring, slot.keys, slot.values
+    if ring is None or keys is None or values is None:
+        return torch.zeros(closed.shape, device=closed.device)
+    if expand is not None:
+        keys, values = expand(keys, values)
+    return ring_scores(ring, (keys, values), slot.positions(), closed, ends)
+
+
+def ring_scores(
+    ring: QueryRing,
+    stored: tuple[Tensor, Tensor],
+    where: Tensor,
+    closed: Tensor,
+    ends: list[int],
+) -> Tensor:
+    """Float32[B, C]: keys and values at logical `where` scored by the last queries up to `ends`."""
+    last = ring.until(torch.tensor(ends).to(where.device, non_blocking=True), WINDOW)
+    seen = (where[:, None, :] <= last.positions[:, :, None]) & (where >= 0)[:, None, :]
+    there = last.positions >= 0
+    shown = (seen[:, None], there, closed)
+    return attention_scores(last.query, *stored, *shown, ring.scaling, ring.mean)
