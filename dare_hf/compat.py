@@ -36,6 +36,10 @@ OLDEST_PEFT = "0.21"
 
 logger = logging.get_logger("dare_hf")
 
+_BROKEN = {
+    ("llama4", "5.24.0"): "its forward asks its text model's output for image_outputs, which that "
+    "does not have"
+}
 _READ_BY_POSITION = {"gemma3": "token_type_ids", "shieldgemma2": "token_type_ids"}
 
 
@@ -69,6 +73,15 @@ def warn_untested() -> None:
     """Say once that this transformers is newer than the tested ones."""
     if text := untested():
         logger.warning_once(text)
+
+
+def broken(model_type: str | None) -> str:
+    """Why this transformers itself cannot run an architecture, empty where it can.
+
+    Args:
+        model_type: `config.model_type` of the model.
+    """
+    return _BROKEN.get((model_type, transformers.__version__), "")
 
 
 def named_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,13 @@ import torch
 from dare_hf import DareCache, last_report
 from dare_hf.architectures.locate import locate
 from dare_hf.compat import CACHE, cache_of
+from dare_hf.conformance import architectures
 from dare_hf.conformance.laws import PRUNED, hold_run
 from dare_hf.conformance.subject import Subject
 from dare_hf.errors import DareInputError
 
-HYBRIDS = ("qwen3_5", "lfm2_vl", "mllama")
-"""Recurrent states, convolution states, keys of images."""
+HYBRIDS = [n for n in ("qwen3_5", "lfm2_vl", "mllama", "dots3_note") if n in architectures()]
+"""Recurrent states, convolution states, keys of images, index keys."""
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dare_hf.architectures.spec import ModelSpec
 from dare_hf.architectures.supported import REFUSED, SUPPORTED
-from dare_hf.compat import check_takes_cache
+from dare_hf.compat import broken, check_takes_cache
 from dare_hf.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -60,12 +60,18 @@ def find_spec(model_type: str | None) -> ModelSpec:
     """The spec of a `model_type`.
 
     Raises:
-        UnsupportedModelError: Nothing is known about this architecture.
+        UnsupportedModelError: Nothing is known about this architecture, or transformers itself
+            cannot run it.
     """
     if model_type in REFUSED:
         raise UnsupportedModelError(
             f"expected a vision-language model whose layers can leave out tokens; {model_type!r} "
             f"cannot be routed: {REFUSED[model_type]}. See {SUPPORT_PAGE}"
+        )
+    if reason := broken(model_type):
+        raise UnsupportedModelError(
+            f"expected a version of transformers that can run {model_type!r}; the one in use fails "
+            f"with or without DARE: {reason}. Install another version: see {SUPPORT_PAGE}"
         )
     spec = SPECS.get(model_type or "")
     if spec is None:

@@ -34,6 +34,13 @@ _OPT: dict[str, Any] = {
     "note": "with a decoder-only text model (OPT)",
 }
 SUPPORTED: tuple[ModelSpec, ...] = (
+    ModelSpec(
+        "apertus1p5",
+        since="5.24",
+        pre_attention_norm="attention_layernorm",
+        whole="the image tokenizer, audio tokens",
+        note="images are embedded as ids of the vocabulary",
+    ),
     ModelSpec("aria", note=_MOE),
     ModelSpec("aya_vision", note=_SLIDING),
     ModelSpec("blip-2", **_OPT),
@@ -51,6 +58,14 @@ SUPPORTED: tuple[ModelSpec, ...] = (
     ModelSpec("deepseek_ocr2", since="5.10", note=_MOE),
     ModelSpec("deepseek_vl", note="any Llama-like text model"),
     ModelSpec("deepseek_vl_hybrid", note="two towers, one text model"),
+    ModelSpec(
+        "dots3_note",
+        since="5.23",
+        unrouted=("self_attn.indexer",),
+        pruned="the sliding-window layers",
+        whole="the towers, audio tokens, sparse layers (an indexer picks keys)",
+        note=f"latent attention; {_MOE}",
+    ),
     ModelSpec(
         "emu3",
         layers=_TEXT_MODEL,
@@ -148,7 +163,11 @@ SUPPORTED: tuple[ModelSpec, ...] = (
         whole=_CONVOLUTION,
     ),
     ModelSpec("lighton_ocr", note="Pixtral tower"),
-    ModelSpec("llama4", layers="language_model.model.layers", note=_MOE),
+    ModelSpec(
+        "llama4",
+        layers="language_model.model.layers",
+        note=f"{_MOE}; not with transformers 5.24.0, whose own forward of it fails",
+    ),
     ModelSpec("llava", note="any Llama-like text model behind the projector"),
     ModelSpec("llava_next", note="image tiles and newlines are vision"),
     ModelSpec("llava_next_video", note="image tiles and newlines are vision"),
@@ -232,8 +251,12 @@ SUPPORTED: tuple[ModelSpec, ...] = (
 
 _CROSS = "its decoder sees the image through cross-attention from an encoder"
 _INDEXER = (
-    "in every layer of full attention a learned indexer picks the keys of each query, and its "
-    "cache of index keys cannot have gaps"
+    "in every layer a learned indexer, its own or an earlier layer's, picks the keys of each "
+    "query, by index keys that DARE does not prune"
+)
+_POOLED_INDEX = (
+    "every layer is linear attention, or picks the keys of each query by a learned indexer that "
+    "pools neighbouring tokens, whose blocks a pruned token would shift"
 )
 _SHORT_CONVOLUTION = (
     "every layer mixes neighbouring tokens by short convolutions, which a pruned token would shift"
@@ -241,18 +264,19 @@ _SHORT_CONVOLUTION = (
 REFUSED: dict[str, str] = {
     "blip": _CROSS,
     "diffusion_gemma": "it rewrites a whole canvas by diffusion instead of decoding tokens",
-    "dots3_note": _INDEXER,
     "evolla": "it reads proteins and no images, through cross-attention adapters in its layers",
     "florence2": _CROSS,
     "git": "its vision tokens are joined in front of the text inside its forward, without ids",
-    "glm5_next": _INDEXER,
+    "glm5_next": _POOLED_INDEX,
+    "hy_v4_vl": _INDEXER,
     "inkling2": _SHORT_CONVOLUTION,
+    "inkling2_loop": _SHORT_CONVOLUTION,
     "inkling_mm_model": _SHORT_CONVOLUTION,
     "mistral_large4": _INDEXER,
     "pi0": "it generates robot actions by flow matching and no tokens",
     "pix2struct": _CROSS,
     "pp_formulanet": _CROSS,
-    "qwen4_exp": _INDEXER,
+    "qwen4_exp": _POOLED_INDEX,
     "t5gemma2": _CROSS,
     "udop": _CROSS,
     "unlimited_ocr": "its layers keep a cache of their own, a ring over generated tokens",

@@ -1,7 +1,8 @@
-"""Layers of a hybrid model that hold something else than keys of tokens: transformers' own.
+"""Layers of a hybrid model that hold something else than keys of kept tokens: transformers' own.
 
 A linear-attention or convolution layer keeps a state of fixed size, a cross-attention layer the
-keys of the image. DARE routes none of them; the cache carries them along.
+keys of the image, one with an indexer index keys beside those of every token. DARE routes none of
+them; the cache carries them along.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dare_hf.conformance.subject import Subject
-    from dare_hf.testing.samples import Batch
+    from dare_hf.testing.samples import Batch, Sample
 
 PRUNED: dict[str, Any] = {"vision_retention": 0.4, "text_retention": 0.7}
 HOP_WINDOW = 3
@@ -160,29 +160,46 @@ def _bytes(subject: Subject, cache: DareCache, what: str) -> None:
 def padding(subject: Subject) -> None:
     """Law 3: a row alone is the row in a batch, also with more padding and in another order."""
     family = family_of(subject.model.config.model_type)
-    rows, order = subject.rows, [2, 0, 1]
     if family.separate:
         rows = samples(subject.model, family.separate)
-    padded = batch_of(subject.model, rows)
-    wide = padded.modality.shape[1] + (0 if family.even else 5)
-    turned = batch_of(subject.model, [rows[place] for place in order], pad_to=wide)
-    single = [row for row in range(len(rows)) if rows[row].pictures or not family.needs_picture]
+        with subject.dare(**PRUNED):
+            padded = subject.generate(batch_of(subject.model, rows))
+        _rows_alone(subject, "padded", rows, padded, dict.fromkeys(range(len(rows))))
+    else:
+        rows = subject.rows
+        lone = (n for n, row in enumerate(rows) if row.pictures or not family.needs_picture)
+        single = {**dict.fromkeys(lone), subject.alone: subject.pruned["alone"]}
+        _rows_alone(subject, "padded", rows, subject.pruned["padded"], single)
+    if subject.filmed:
+        single = dict.fromkeys(n for n, row in enumerate(subject.filmed) if row.clips)
+        _rows_alone(subject, "video", subject.filmed, subject.pruned["video"], single)
+
+
+def _rows_alone(
+    subject: Subject, name: str, rows: list[Sample], padded: Any, single: dict[int, Any]
+) -> None:
+    """Hold rows to what generate writes for them alone.
+
+    Args:
+        subject: The model.
+        name: What the batch is called.
+        rows: Its rows.
+        padded: What generate wrote for it.
+        single: The rows to run alone, and what generate wrote for them where that is known.
+    """
+    even = family_of(subject.model.config.model_type).even
+    order = [len(rows) - 1, *range(len(rows) - 1)]
+    wide = max(len(row.ids) for row in rows) + (0 if even else 5)
     with subject.dare(**PRUNED):
-        ours = {"padded": (subject.pruned["padded"], [0, 1, 2])}
-        if family.separate:
-            ours["padded"] = (subject.generate(padded), [0, 1, 2])
-        ours["turned"] = (subject.generate(turned), order)
+        turned = subject.generate(batch_of(subject.model, [rows[n] for n in order], pad_to=wide))
         alone = {
-            row: (subject.generate(batch_of(subject.model, [rows[row]])), 0)
-            for row in single
-            if family.separate or row != subject.alone
+            n: out or subject.generate(batch_of(subject.model, [rows[n]]))
+            for n, out in single.items()
         }
-    if not family.separate:
-        alone[subject.alone] = (subject.pruned["alone"], 0)
-    for name, (out, places) in ours.items():
+    for case, out, places in ((name, padded, range(len(rows))), (f"{name}, turned", turned, order)):
         for place, row in enumerate(places):
-            what = f"law 3, {name}, row {row}"
-            other, own = alone.get(row, (ours["padded"][0], row))
+            what = f"law 3, {case}, row {row}"
+            other, own = (alone[row], 0) if row in alone else (padded, row)
             written = other.sequences[own, -NEW_TOKENS:].tolist()
             hold(out.sequences[place, -NEW_TOKENS:].tolist() == written, f"{what}: other tokens")
             for step, (left, right) in enumerate(zip(out.logits, other.logits, strict=True)):

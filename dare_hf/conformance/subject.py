@@ -53,6 +53,7 @@ class Subject:
     Attributes:
         model: The model; patched only inside `dare`.
         rows: The prompts of the padded batch.
+        filmed: Those of the batch with videos, empty where the model takes none.
         batches: The batches by name.
         wide: Whether the model runs in float64.
         pruned: What generate wrote for each batch under the laws' rates.
@@ -62,6 +63,7 @@ class Subject:
     rows: list[Sample]
     batches: dict[str, Batch]
     wide: bool
+    filmed: list[Sample] = field(default_factory=list)
     pruned: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -75,13 +77,10 @@ class Subject:
                     "alone": batch_of(model, [rows[_alone(rows)]]),
                     "padded": batch_of(model, rows),
                 }
-                if (clip := clip_of(model_type)) is not None:
-                    even = family_of(model_type).even
-                    beside = (0, 0) if even else (0, 0, int(clip.beside_images))
-                    videos = (1, 1) if even else (1, 0, 1)
-                    filmed = samples(model, beside, videos=videos, seed=1)
+                filmed = _filmed(model)
+                if filmed:
                     batches["video"] = batch_of(model, filmed)
-                subject = cls(model, rows, batches, dtype == torch.float64)
+                subject = cls(model, rows, batches, dtype == torch.float64, filmed)
                 if all(subject.runs(batch) for batch in batches.values()):
                     return subject
             except (RuntimeError, TypeError, ValueError):
@@ -166,6 +165,16 @@ class Subject:
 def copied(inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs with containers of their own: forwards write into them."""
     return {k: dict(v) if isinstance(v, dict) else v for k, v in inputs.items()}
+
+
+def _filmed(model: PreTrainedModel) -> list[Sample]:
+    """Prompts with videos, one of them beside an image; none where the model takes none."""
+    clip = clip_of(model.config.model_type)
+    if clip is None:
+        return []
+    even = family_of(model.config.model_type).even
+    beside = (0, 0) if even else (0, 0, int(clip.beside_images))
+    return samples(model, beside, videos=(1, 1) if even else (1, 0, 1), seed=1)
 
 
 def _alone(rows: list[Sample]) -> int:

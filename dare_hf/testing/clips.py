@@ -134,13 +134,14 @@ CLIPS: dict[str, Clip] = {
     **dict.fromkeys(("qwen2_5_vl", "qwen2_vl"), _GRID),
     **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), Clip(_seconds)),
     **dict.fromkeys(("minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), Clip(_strips, apart=True)),
-    "ernie4_5_vl_moe": Clip(_filmed(pictures.flat_patches)),
+    **dict.fromkeys(("dots3_note", "ernie4_5_vl_moe"), Clip(_filmed(pictures.flat_patches))),
     "gemma4": Clip(_placed(4)),
     "gemma4_unified": Clip(_placed(4)),
     "kimi_k25": Clip(_singly, apart=True),
     "llava_next_video": Clip(_frames),
     "llava_onevision": Clip(_frames),
-    "molmo2": Clip(_pooled, placeholder=IMAGE_ID, beside_images=False),
+    # its pooling counts the patches of all videos of a batch
+    "molmo2": Clip(_pooled, placeholder=IMAGE_ID, beside_images=False, encoded=True),
     "muse_glimmer": Clip(_filmed(pictures.deep_patches)),
     "muse_spark": Clip(_filmed(pictures.deep_patches)),
     # its forward joins the features of videos as a list, and its tower gives a tensor (5.23)

@@ -18,6 +18,15 @@ _STRIP = Family(
 )
 
 FAMILIES: dict[str, Family] = {
+    "apertus1p5": Family(
+        pictures.fixed(8, image_sizes=torch.tensor([[8, 8]])),
+        {
+            "vision_config": parts.APERTUS_VQ,
+            "audio_config": parts.APERTUS_AUDIO,
+            "image_token_offset": parts.FIRST_CODE,
+            "audio_token_offset": parts.FIRST_CODE + parts.VQ_CODES,
+        },
+    ),
     "aria": Family(
         pictures.square,
         {"projector_patch_to_query_dict": {36: 9}, "text_config": {"intermediate_size": 32}},
@@ -50,6 +59,18 @@ FAMILIES: dict[str, Family] = {
     "deepseek_vl": Family(pictures.square),
     "deepseek_vl_hybrid": Family(
         pictures.pair(96), {"high_res_vision_config": {**parts.SAM, "image_size": 96}}
+    ),
+    "dots3_note": Family(
+        pictures.flat_patches,
+        {
+            "vision_config": {
+                "mlp_layer_types": ["dense", "dense"],
+                "adapter_in_dim": 16,
+                "adapter_out_dim": 32,
+            },
+            "audio_config": parts.DOTS_AUDIO,
+            "text_config": parts.DOTS,
+        },
     ),
     "emu3": Family(
         pictures.fixed(8, image_sizes=torch.tensor([[8, 8]])),

@@ -121,6 +121,44 @@ CHAMELEON_VQ: dict[str, Any] = {
     "channel_multiplier": [1, 1, 1],
     "num_res_blocks": 1,
 }
+APERTUS_VQ: dict[str, Any] = {
+    "codebook_size": VQ_CODES,
+    "embed_dim": 4,
+    "latent_channels": 4,
+    "base_channels": 32,
+    "channel_multiplier": [1, 1],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+}
+APERTUS_AUDIO: dict[str, Any] = {
+    "num_filters": 2,
+    "upsampling_ratios": [2, 2],
+    "num_lstm_layers": 1,
+    "hidden_size": 8,
+    "codebook_dim": 8,
+    "codebook_size": 4,
+}
+DOTS: dict[str, Any] = {
+    "num_hidden_layers": 5,
+    "num_key_value_heads": 4,
+    "head_dim": 12,
+    "layer_types": [*["indexed_attention", "sliding_attention"] * 2, "sliding_attention"],
+    "mlp_layer_types": ["dense", *["sparse"] * 4],
+    "shared_experts_intermediate_size": 16,
+    "index_n_heads": 32,  # with few, many scores are zero, and which of those are picked is chance
+    "rope_parameters": dict.fromkeys(("indexed_attention", "sliding_attention"), ROPE),
+    "per_layer_config": {},
+}
+DOTS_AUDIO: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "intermediate_size": 16,
+    "feature_size": 8,
+    "downsample_hidden_size": 4,
+    "adapter_input_size": 16,
+    "adapter_out_dim": 32,
+}
 EMU3_VQ: dict[str, Any] = {
     "codebook_size": VQ_CODES,
     "embed_dim": 4,
