@@ -49,7 +49,7 @@ def apply_dare(
     """Make `model` route its tokens; in place.
 
     Args:
-        model: A supported vision-language model of transformers, or a PeftModel around one.
+        model: A supported model of transformers, or a PeftModel around one.
         config: What to prune, None for the safe training-free preset; or the folder or hub id of a
             trained router adapter, whose configuration and weights are read. Such an adapter is
             not one of peft's: LoRA adapters on the same model stay as they are.
@@ -67,7 +67,7 @@ def apply_dare(
     target = unwrap(model)
     if not isinstance(target, nn.Module):
         raise UnsupportedModelError(
-            f"model: expected a loaded vision-language model of transformers; got {model!r}"
+            f"model: expected a loaded model of transformers; got {model!r}"
         )
     weights = None
     if isinstance(config, (str, os.PathLike)):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="dare-hf",
-    help="Dynamic and asymmetric token routing for vision-language models of transformers.",
+    help="Dynamic and asymmetric token routing for models of transformers.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -34,6 +34,13 @@ class DemoModel(StrEnum):
 
     anole = "anole"
     volcano = "volcano"
+
+
+class ModelKind(StrEnum):
+    """What `conformance` runs."""
+
+    vision = "vision"
+    text = "text"
 
 
 class Split(StrEnum):
@@ -253,19 +260,22 @@ def conformance(
     only: Annotated[
         list[str] | None, typer.Option(help="Only this model_type; may be given again.")
     ] = None,
+    kind: Annotated[
+        ModelKind, typer.Option(help="text: language models (AutoModelForCausalLM).")
+    ] = ModelKind.vision,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Hold every image-text-to-text architecture of transformers to the laws.
+    """Hold every image-text-to-text architecture of transformers to the laws, or every text one.
 
     Builds a tiny random model of each, runs it with and without DARE and compares tokens, logits,
     stored bytes and what is left after removal. Exit code 1 if a row fails.
     """
     with _one_line_errors():
-        from dare_hf.conformance import run_all
+        from dare_hf.conformance import Kind, run_all
 
         rows = []
-        for row in run_all(only, jobs=jobs):
+        for row in run_all(only, kind=Kind(kind.value), jobs=jobs):
             rows.append(row)
             line = f"{row.status:8} {row.model_type:24} {row.seconds:5.1f} s  {row.reason}"
             typer.echo(line, err=as_json)

@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 from dare_hf.architectures.locate import describe, locate
 from dare_hf.errors import DareInputError
@@ -36,8 +41,10 @@ def describe_model(name: str) -> Iterator[str]:
             f"{name!r}: {reason}"
         ) from error
     yield describe(config)
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
+        model = auto.from_config(config)
     parts = locate(model)
     shapes = shapes_of(parts.layers, parts.text_config)
     yield f"class: {type(model).__name__}, text model {type(parts.text_model).__name__}"

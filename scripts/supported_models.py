@@ -1,4 +1,4 @@
-"""Write the table of supported architectures into docs/supported-models.md."""
+"""Write the tables of supported architectures into docs/supported-models.md."""
 
 from pathlib import Path
 

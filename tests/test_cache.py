@@ -12,6 +12,7 @@ from dare_hf.cache.hop_counters import HopCounters
 from dare_hf.cache.ring import QueryRing
 from dare_hf.cache.slab import limit, roomy
 from dare_hf.errors import DareInputError, DareStateError
+from dare_hf.routing.scores import Softmax
 
 
 def random_kv(rows: int, count: int, heads: int = 2, dim: int = 4, **kwargs):
@@ -300,7 +301,7 @@ class TestQueries:
     def layer(self) -> DareLayer:
         layer = filled([[0, 2], [-1, 1]], seen=3)
         query = torch.arange(2.0)[:, None, None, None].expand(2, 1, 3, 4)
-        layer.ring = QueryRing(query, torch.tensor([[0, 1, 2]] * 2), 0.5)
+        layer.ring = QueryRing(query, torch.tensor([[0, 1, 2]] * 2), Softmax(0.5))
         return layer
 
     def test_a_ring_holds_the_last_of_a_window(self):

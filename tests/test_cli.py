@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import LlamaConfig
+from transformers import GPTNeoXConfig, LlamaConfig
 from typer.testing import CliRunner
 
 from dare_hf import cli
@@ -151,11 +151,19 @@ def test_info_tells_where_the_layers_are(tmp_path: Path) -> None:
 
 
 def test_info_tells_why_not(tmp_path: Path) -> None:
-    LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    GPTNeoXConfig(num_hidden_layers=1).save_pretrained(tmp_path)
     done = _run("info", str(tmp_path))
     assert done.exit_code == cli.REFUSED
     assert done.stdout.startswith("not supported: ")
-    assert "'llama'" in done.stdout
+    assert "'gpt_neox'" in done.stdout
+
+
+def test_info_tells_of_a_language_model(tmp_path: Path) -> None:
+    LlamaConfig(num_hidden_layers=3).save_pretrained(tmp_path)
+    done = _run("info", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    assert "class: LlamaForCausalLM, text model LlamaModel" in done.stdout
+    assert "3 x LlamaDecoderLayer at model.layers" in done.stdout
 
 
 def test_info_of_nothing_is_one_line(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every image-text-to-text architecture of transformers keeps the laws, or is refused."""
+"""Every architecture of transformers that generates keeps the laws, or is refused."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,10 @@ import torch
 from typer.testing import CliRunner
 
 from dare_hf import compat
-from dare_hf.architectures.locate import SPECS, find_spec
-from dare_hf.architectures.supported import REFUSED
+from dare_hf.architectures.locate import REFUSALS, SPECS, find_spec
 from dare_hf.cache import DareLayer
 from dare_hf.cli import app
-from dare_hf.conformance import architectures, run_row
+from dare_hf.conformance import Kind, architectures, run_row, runner
 from dare_hf.conformance.laws import LawBroken, identity, oracle
 from dare_hf.conformance.page import expected, renewed
 from dare_hf.conformance.subject import Subject
@@ -22,14 +21,17 @@ from dare_hf.errors import DareInputError, UnsupportedModelError
 FAST = {"qwen3_vl", "idefics3", "mllama", "qwen3_5", "kimi_k25", "blip-2", "paligemma", "udop"}
 """One of each kind: deepstack, stacked tiles, cross-attention, linear attention, latents, generate
 of the inner model, two-way prompts, refused."""
-FEWEST_PASSES = 80
-MISSING = {*SPECS, *REFUSED} - set(architectures())
+FAST_TEXT = {"llama", "gpt_oss", "cohere2", "deepseek_v3", "granitemoehybrid", "mamba"}
+"""Plain, sinks, parallel blocks with windows, latents, a hybrid with multipliers, refused."""
+FEWEST_PASSES = {Kind.vision: 80, Kind.text: 95}
+KNOWN = architectures() | architectures(Kind.text)
+MISSING = {*SPECS, *REFUSALS} - set(KNOWN)
 """Architectures of newer versions of transformers than the one that runs."""
 
 
 def cases():
-    for name in sorted({*architectures(), *SPECS, *REFUSED}):
-        yield pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+    for name in sorted({*KNOWN, *SPECS, *REFUSALS}):
+        yield pytest.param(name, marks=() if name in FAST | FAST_TEXT else pytest.mark.slow)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -40,7 +42,7 @@ def test_an_architecture_keeps_the_laws_or_is_refused(model_type):
     row = run_row(model_type)
     assert (row.status, row.reason if row.status == "fail" else "") == (expected(model_type), "")
     if row.status == "refused":
-        assert (REFUSED.get(model_type) or compat.broken(model_type)) in row.reason
+        assert (REFUSALS.get(model_type) or compat.broken(model_type)) in row.reason
 
 
 @pytest.mark.filterwarnings("ignore:Casting complex values:UserWarning")
@@ -50,10 +52,16 @@ def test_what_transformers_cannot_run_fails_without_dare_too(model_type):
         Subject.of(model_type)
 
 
-def test_every_architecture_is_one_or_the_other():
-    assert set(architectures()) <= set(SPECS) | set(REFUSED)
-    assert not set(SPECS) & set(REFUSED)
-    assert len(SPECS) >= FEWEST_PASSES
+@pytest.mark.parametrize("kind", Kind)
+def test_every_architecture_is_one_or_the_other(kind):
+    names = set(architectures(kind))
+    assert names <= set(SPECS) | set(REFUSALS)
+    assert not set(SPECS) & set(REFUSALS)
+    assert len(names & set(SPECS)) >= FEWEST_PASSES[kind]
+
+
+def test_no_name_is_of_both_kinds():
+    assert not set(architectures()) & set(architectures(Kind.text))
 
 
 def test_what_is_missing_came_later():
@@ -61,7 +69,7 @@ def test_what_is_missing_came_later():
     assert MISSING & set(SPECS) == {n for n, version in since.items() if version > compat.VERSION}
 
 
-@pytest.mark.parametrize("model_type", sorted(REFUSED))
+@pytest.mark.parametrize("model_type", sorted(REFUSALS))
 def test_a_refusal_says_why(model_type):
     with pytest.raises(UnsupportedModelError, match=r"cannot be routed: .* See docs/"):
         find_spec(model_type)
@@ -86,7 +94,21 @@ def test_the_command_prints_one_json_line():
     ]
 
 
-def test_an_unknown_name_is_refused():
+def test_the_command_takes_language_models(monkeypatch):
+    names = {"mamba": "MambaForCausalLM", "bert": "BertLMHeadModel"}
+    monkeypatch.setitem(runner.MAPPINGS, Kind.text, names)
+    result = CliRunner().invoke(app, ["conformance", "--kind", "text", "--json"])
+    assert result.exit_code == 0
+    rows = json.loads(result.stdout)["rows"]
+    assert [(row["model_type"], row["class"], row["status"]) for row in rows] == [
+        ("mamba", "MambaForCausalLM", "refused"),
+        ("bert", "BertLMHeadModel", "refused"),
+    ]
+
+
+def test_an_unknown_name_is_refused_with_those_near_to_it():
+    with pytest.raises(UnsupportedModelError, match=r"got 'mistrall' \(near to it: mistral"):
+        find_spec("mistrall")
     with pytest.raises(DareInputError, match="no_such_model"):
         run_row("no_such_model")
     result = CliRunner().invoke(app, ["conformance", "--only", "no_such_model"])

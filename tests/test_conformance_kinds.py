@@ -29,7 +29,7 @@ def test_every_architecture_that_takes_frames_is_shown_frames(name):
 def test_every_architecture_is_shown_rows_with_0_1_and_3_pictures():
     shown = {name: family_of(name) for name in set(SPECS) & set(architectures())}
     assert {name for name, family in shown.items() if not family.sees} == {"mistral4"}
-    assert {family.images for family in shown.values()} == {(0, 1, 3)}
+    assert {family.images for family in shown.values() if family.sees} == {(0, 1, 3)}
 
 
 def test_frames_keep_their_places_in_time():

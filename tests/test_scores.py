@@ -164,13 +164,23 @@ def attention_case(
     st.integers(1, 3),
     st.integers(0, 4),
     st.integers(0, 7),
+    st.sampled_from([None, 0.7]),
+    st.booleans(),
 )
 def test_attention_equals_the_reference(
-    seed: int, batch: int, kv_heads: int, group: int, queries: int, stored: int
+    seed: int,
+    batch: int,
+    kv_heads: int,
+    group: int,
+    queries: int,
+    stored: int,
+    softcap: float | None,
+    sinks: bool,
 ) -> None:
     case = attention_case(
         seed, batch=batch, kv_heads=kv_heads, group=group, queries=queries, stored=stored
     )
+    case |= {"softcap": softcap, "sinks": torch.randn(kv_heads * group) if sinks else None}
     scores = attention_scores(**case)
     close(scores, reference.attention_scores(**case))
     assert scores.isfinite().all()

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from dare_hf.architectures.spec import ModelSpec
 from dare_hf.architectures.supported import REFUSED, SUPPORTED
+from dare_hf.architectures.text_models import TEXT_REFUSED, TEXT_SUPPORTED
 from dare_hf.compat import broken, check_takes_cache
 from dare_hf.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor, nn
 
 SUPPORT_PAGE = "docs/supported-models.md"
 
-SPECS: dict[str, ModelSpec] = {spec.model_type: spec for spec in SUPPORTED}
+SPECS: dict[str, ModelSpec] = {spec.model_type: spec for spec in (*SUPPORTED, *TEXT_SUPPORTED)}
+REFUSALS: dict[str, str] = {**REFUSED, **TEXT_REFUSED}
+"""model_type -> why it cannot be routed."""
+
+_ATTENTION = ("self_attn", "mixer", "attention", "attn", "self_attention")
+"""Names of a layer's self-attention, in the order they are looked for."""
 
 ROUTABLE_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
@@ -63,10 +72,10 @@ def find_spec(model_type: str | None) -> ModelSpec:
         UnsupportedModelError: Nothing is known about this architecture, or transformers itself
             cannot run it.
     """
-    if model_type in REFUSED:
+    if model_type in REFUSALS:
         raise UnsupportedModelError(
-            f"expected a vision-language model whose layers can leave out tokens; {model_type!r} "
-            f"cannot be routed: {REFUSED[model_type]}. See {SUPPORT_PAGE}"
+            f"expected a model whose decoder layers can leave out tokens; {model_type!r} "
+            f"cannot be routed: {REFUSALS[model_type]}. See {SUPPORT_PAGE}"
         )
     if reason := broken(model_type):
         raise UnsupportedModelError(
@@ -76,11 +85,17 @@ def find_spec(model_type: str | None) -> ModelSpec:
     spec = SPECS.get(model_type or "")
     if spec is None:
         raise UnsupportedModelError(
-            f"expected a model whose config.model_type is one of {', '.join(sorted(SPECS))}; "
-            f"got {model_type!r}. DARE refuses models it was not tested on rather than prune them "
-            f"wrongly: see {SUPPORT_PAGE}"
+            f"expected a model whose config.model_type is one of the {len(SPECS)} that "
+            f"{SUPPORT_PAGE} lists; got {model_type!r}{alike(model_type, SPECS)}. DARE refuses "
+            "models it was not tested on rather than prune them wrongly"
         )
     return spec
+
+
+def alike(name: str | None, names: Iterable[str]) -> str:
+    """What a message adds about a name that is not known: those nearest to it, if any."""
+    found = get_close_matches(name or "", list(names), n=3)
+    return f" (near to it: {', '.join(found)})" if found else ""
 
 
 def locate(model: nn.Module) -> Anatomy:
@@ -100,7 +115,8 @@ def locate(model: nn.Module) -> Anatomy:
         raise UnsupportedModelError(
             f"expected the decoder layers of a {spec.model_type} at '{spec.layers}'; "
             f"{type(model).__name__} has none there. Pass the model that has generate "
-            f"(…ForConditionalGeneration), with a decoder-only text model: see {SUPPORT_PAGE}"
+            "(…ForConditionalGeneration, …ForCausalLM), with a decoder-only text model: see "
+            f"{SUPPORT_PAGE}"
         ) from error
     text_config: Any = text_model.config
     inner = model.get_submodule(spec.layers.partition(".")[0])
@@ -116,7 +132,7 @@ def locate(model: nn.Module) -> Anatomy:
 def _without_attention(layer: nn.Module, spec: ModelSpec) -> bool:
     """Whether a layer is of a kind that is known to have no self-attention to route."""
     marks = spec.unrouted
-    if hasattr(layer, "self_attn"):
+    if getattr(layer, "self_attn", None) is not None:
         marks = tuple(path for path in marks if path.startswith("self_attn."))
     return any(_has(layer, path) for path in marks)
 
@@ -128,8 +144,19 @@ def _has(layer: nn.Module, path: str) -> bool:
 
 def attention_of(layer: nn.Module) -> nn.Module:
     """The self-attention of a decoder layer."""
-    found: Any = getattr(layer, "self_attn", None) or getattr(layer, "mixer", None)
+    found: Any = next(filter(None, (getattr(layer, name, None) for name in _ATTENTION)), None)
     return found
+
+
+def numbers_queries(attention: nn.Module) -> int | None:
+    """Tokens from which an attention scales its queries by a place it counts itself, if ever.
+
+    Temperature tuning of llama4 layers without RoPE (transformers 5.24, modeling_llama4.py): the
+    place is that among the queries it is given, so none may be missing.
+    """
+    part: Any = attention
+    counts = getattr(part, "attn_temperature_tuning", False) and not part.use_rope
+    return int(part.floor_scale) if counts else None
 
 
 def _check_layers(layers: tuple[nn.Module, ...], text_config: Any) -> tuple[int, ...]:

@@ -250,15 +250,15 @@ SUPPORTED: tuple[ModelSpec, ...] = (
 )
 
 _CROSS = "its decoder sees the image through cross-attention from an encoder"
-_INDEXER = (
+INDEXER = (
     "in every layer a learned indexer, its own or an earlier layer's, picks the keys of each "
     "query, by index keys that DARE does not prune"
 )
-_POOLED_INDEX = (
+POOLED_INDEX = (
     "every layer is linear attention, or picks the keys of each query by a learned indexer that "
     "pools neighbouring tokens, whose blocks a pruned token would shift"
 )
-_SHORT_CONVOLUTION = (
+SHORT_CONVOLUTION = (
     "every layer mixes neighbouring tokens by short convolutions, which a pruned token would shift"
 )
 REFUSED: dict[str, str] = {
@@ -267,16 +267,16 @@ REFUSED: dict[str, str] = {
     "evolla": "it reads proteins and no images, through cross-attention adapters in its layers",
     "florence2": _CROSS,
     "git": "its vision tokens are joined in front of the text inside its forward, without ids",
-    "glm5_next": _POOLED_INDEX,
-    "hy_v4_vl": _INDEXER,
-    "inkling2": _SHORT_CONVOLUTION,
-    "inkling2_loop": _SHORT_CONVOLUTION,
-    "inkling_mm_model": _SHORT_CONVOLUTION,
-    "mistral_large4": _INDEXER,
+    "glm5_next": POOLED_INDEX,
+    "hy_v4_vl": INDEXER,
+    "inkling2": SHORT_CONVOLUTION,
+    "inkling2_loop": SHORT_CONVOLUTION,
+    "inkling_mm_model": SHORT_CONVOLUTION,
+    "mistral_large4": INDEXER,
     "pi0": "it generates robot actions by flow matching and no tokens",
     "pix2struct": _CROSS,
     "pp_formulanet": _CROSS,
-    "qwen4_exp": _POOLED_INDEX,
+    "qwen4_exp": POOLED_INDEX,
     "t5gemma2": _CROSS,
     "udop": _CROSS,
     "unlimited_ocr": "its layers keep a cache of their own, a ring over generated tokens",

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dare_hf.routing.scores import HeadMean, local_mean
-
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from dare_hf.routing.scores import Softmax
 
 
 @dataclass(frozen=True)
@@ -20,21 +20,19 @@ class QueryRing:
     Attributes:
         query: [B, H, W, d], oldest first.
         positions: Long[B, W] their logical positions, -1 where there is none.
-        scaling: The layer's softmax scale.
-        mean: Over all heads, where this process holds some.
+        softmax: What becomes of the layer's queries and keys.
     """
 
     query: Tensor
     positions: Tensor
-    scaling: float
-    mean: HeadMean = local_mean
+    softmax: Softmax
 
     @classmethod
-    def empty(cls, like: Tensor, scaling: float, mean: HeadMean = local_mean) -> QueryRing:
+    def empty(cls, like: Tensor, softmax: Softmax) -> QueryRing:
         """No queries yet, of the shape and device of queries `like` [B, H, q, d]."""
         where = torch.zeros(like.shape[0], 0, dtype=torch.long, device=like.device)
         none = like.new_zeros(like.shape[0], like.shape[1], 0, like.shape[3])
-        return cls(none, where, scaling, mean)
+        return cls(none, where, softmax)
 
     def until(self, ends: Tensor, window: int) -> QueryRing:
         """Each row's last `window` queries at logical positions <= `ends` [B]."""

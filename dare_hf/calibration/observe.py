@@ -127,7 +127,7 @@ def _importance(
         before = real & (columns < first) & (visible & valid[:, None, :, None]).any(2).any(1)
         taken = query[:, :, first:last]
         shown = (visible, valid, before)
-        score = attention_scores(taken, key, value, *shown, call.scaling, call.mean)
+        score = attention_scores(taken, key, value, *shown, *call.softmax)
         # the mean over the span is 1, whatever share of its attention the window spent on itself
         total += score * before
         windows += before

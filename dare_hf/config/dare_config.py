@@ -202,7 +202,7 @@ class DareConfig(PeftConfig):
             "rates by hop": f"yes, {self.max_hops}" if self.hop_aware else "no",
             "hop delimiters": list(self.hop_delimiters),
         }
-        write_card(save_directory, self.base_model_name_or_path, facts)
+        write_card(save_directory, self.base_model_name_or_path, self.model_type, facts)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "DareConfig":

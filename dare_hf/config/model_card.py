@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,9 +31,9 @@ This is not DARE "drop and rescale" weight merging; no weight of the base model 
 
 ```python
 import dare_hf
-from transformers import AutoModelForImageTextToText
+from transformers import {auto}
 
-model = AutoModelForImageTextToText.from_pretrained("this folder or its hub id")
+model = {auto}.from_pretrained("this folder or its hub id")
 ```
 
 or, on a base model you hold: `dare_hf.apply_dare(model, "...")` or
@@ -41,12 +42,18 @@ or, on a base model you hold: `dare_hf.apply_dare(model, "...")` or
 """
 
 
-def write_card(folder: str | Path, base_model: str | None, facts: Mapping[str, object]) -> None:
+def write_card(
+    folder: str | Path,
+    base_model: str | None,
+    model_type: str | None,
+    facts: Mapping[str, object],
+) -> None:
     """Write or renew the README.md of an adapter's folder; a text of the user's own stays.
 
     Args:
         folder: The folder the adapter is saved to.
         base_model: Name or path of the base model, None where it has none.
+        model_type: Of the base model; says what class loads it.
         facts: What to list: name -> value.
     """
     path = Path(folder) / "README.md"
@@ -58,7 +65,9 @@ def write_card(folder: str | Path, base_model: str | None, facts: Mapping[str, o
         card.data["base_model"] = base_model
     lines = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     base = f"`{base_model}`" if base_model else "a model without a name"
-    block = _TEXT.format(begin=_BEGIN, end=_END, base=base, facts=lines).strip()
+    sees = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    auto = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
+    block = _TEXT.format(begin=_BEGIN, end=_END, base=base, facts=lines, auto=auto).strip()
     card.text = _placed(card.text, block) + "\n"
     card.save(path)
 

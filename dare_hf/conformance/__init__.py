@@ -1,5 +1,5 @@
 """Does every architecture keep the laws? Tiny random models, one row each."""
 
-from dare_hf.conformance.runner import Row, architectures, run_all, run_row
+from dare_hf.conformance.runner import Kind, Row, architectures, run_all, run_row
 
-__all__ = ["Row", "architectures", "run_all", "run_row"]
+__all__ = ["Kind", "Row", "architectures", "run_all", "run_row"]

@@ -232,8 +232,13 @@ def hops(subject: Subject) -> None:
 
 
 def attention_scores(subject: Subject) -> None:
-    """Law 2 with the training-free scorer: whatever it keeps, the logits are the oracle's."""
+    """Law 2 with the training-free scorer: whatever it keeps, the logits are the oracle's.
+
+    Where a model sees no images, words in the middle are called vision: an untrained scorer keeps
+    all text of a prompt that has nothing else.
+    """
     batch = subject.batches["padded"]
+    called = {} if (batch.modality == 1).any() else {"modality_mask": _middle(batch.real)}
     for config in (
         DareConfig(
             scorer="attention", schedule="constant", text_retention=0.9, decode_window=HOP_WINDOW
@@ -243,16 +248,21 @@ def attention_scores(subject: Subject) -> None:
         what = f"law 2, attention scores, {config.schedule}"
         cache = DareCache()
         with subject.dare(config):
-            logits = subject.forward(batch, **{CACHE: cache}, use_cache=True)
-            subject.generate(batch)
+            logits = subject.forward(batch, **{CACHE: cache}, **called, use_cache=True)
+            subject.generate(batch, **called)
             report = last_report(subject.model)
         hold(report.kv_bytes_predicted == report.kv_bytes, f"{what}: other bytes than predicted")
         sources = locate(subject.model).sources
         keep = [_stored(cache, source, batch.real) for source in sources]
-        if (batch.modality == 1).any():
-            hold(not all(mask.equal(batch.real) for mask in keep), f"{what}: prunes nothing")
+        hold(not all(mask.equal(batch.real) for mask in keep), f"{what}: prunes nothing")
         expected = masked_forward(subject.model, batch.inputs, keep)
         hold_close(subject, logits[batch.real], expected[batch.real], what)
+
+
+def _middle(real: Tensor) -> Tensor:
+    """Bool[B, S]: each row's real tokens but for the first and the last few."""
+    place = real.cumsum(dim=1)
+    return real & (place > 3) & (place <= place[:, -1:] - 3)
 
 
 def _stored(cache: DareCache, layer: int, real: Tensor) -> Tensor:

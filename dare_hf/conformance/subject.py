@@ -158,7 +158,8 @@ class Subject:
         prepared = self.model.prepare_inputs_for_generation(
             sequences, is_first_iteration=True, use_cache=False, **inputs
         )
-        given = {k: v for k, v in prepared.items() if v is not None and k != "use_cache"}
+        asked = ("use_cache", "logits_to_keep")  # some ask for the last token's logits
+        given = {k: v for k, v in prepared.items() if v is not None and k not in asked}
         return given, modality
 
 

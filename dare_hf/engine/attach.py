@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 
-from dare_hf.architectures.locate import attention_of
+from dare_hf.architectures.locate import attention_of, numbers_queries
 from dare_hf.architectures.tensor_parallel import head_mean, shared_heads
 from dare_hf.cache.refused import check_attention_cache, refuse_continuous_batching
 from dare_hf.compat import warn_untested
@@ -27,7 +27,7 @@ from dare_hf.routers.holder import device_of
 from dare_hf.routers.router import Router
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import nn
 
@@ -138,7 +138,6 @@ def attach(target: Any, controller: Controller, undo: UndoRecord, owner: Owner) 
             inner=layer.forward,
             names=parameter_names(type(layer).forward),
             causal=bool(getattr(attention_of(layer), "is_causal", True)),
-            exempt=index in controller.exempt,
             mean=head_mean(shared_heads(attention_of(layer), target)),
         )
         undo.set(layer, "_dare", layer_state)
@@ -155,22 +154,28 @@ def watch_attention(target: Any, state: ModelState, settings: Settings) -> None:
     name = observed_name(state.controller.base_implementation)
     for layer in anatomy.unrouted:
         # an indexer asks for the implementation by name (transformers 5.23, minimax_m3_vl)
-        if (attention := getattr(layer, "self_attn", None)) is not None:
+        if hasattr(attention := getattr(layer, "self_attn", None), "config"):
             state.undo.set(attention, "config", copy.copy(attention.config))
     for config in _attention_configs(target, anatomy):
         if config._attn_implementation_internal != name:
             state.undo.set(config, "_attn_implementation_internal", name)
 
 
-def _exempt_layers(anatomy: Anatomy, implementation: str) -> frozenset[int]:
-    """Sliding layers under flash attention: its window counts stored tokens, not logical ones."""
-    if not is_flash(implementation):
-        return frozenset()
-    windows = (getattr(attention_of(layer), "sliding_window", None) for layer in anatomy.layers)
-    return frozenset(i for i, window in enumerate(windows) if window is not None)
+def _exempt_layers(anatomy: Anatomy, implementation: str) -> dict[int, int]:
+    """Layers that keep everything, and from how many logical tokens on.
+
+    Sliding layers under flash attention, whose window counts stored tokens; and those that number
+    their queries themselves (llama4 without RoPE), from where that makes a difference.
+    """
+    attentions = [attention_of(layer) for layer in anatomy.layers]
+    found = {i: least for i, a in enumerate(attentions) if (least := numbers_queries(a))}
+    if is_flash(implementation):
+        windows = (getattr(attention, "sliding_window", None) for attention in attentions)
+        found |= {i: 0 for i, window in enumerate(windows) if window is not None}
+    return found
 
 
-def _notes(anatomy: Anatomy, exempt: frozenset[int]) -> list[str]:
+def _notes(anatomy: Anatomy, exempt: Mapping[int, int]) -> list[str]:
     """What every report of this model says was left unpruned or counted otherwise."""
     notes = []
     if any(shape.window for shape in shapes_of(anatomy.layers, anatomy.text_config)):
@@ -185,10 +190,15 @@ def _notes(anatomy: Anatomy, exempt: frozenset[int]) -> list[str]:
             f"{len(anatomy.unrouted)} of {every} layers ({kinds}: no self-attention, or a sparse "
             "one) run every token; rates, FLOPs and bytes are those of the others"
         )
-    if exempt:
+    if slides := sorted(i for i, least in exempt.items() if not least):
         notes.append(
-            f"layers {sorted(exempt)} keep everything: flash attention counts their sliding "
+            f"layers {slides} keep everything: flash attention counts their sliding "
             "window in stored tokens"
+        )
+    if numbered := sorted(i for i, least in exempt.items() if least):
+        notes.append(
+            f"layers {numbered} keep everything from {exempt[numbered[0]]} tokens on: their "
+            "attention scales a query by its place among those it is given"
         )
     return notes
 

@@ -15,10 +15,15 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dare_hf.errors import DareStateError
+from dare_hf.routing.scores import Softmax
 from dare_hf.scoring.observe import AttentionCall
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor, nn
+
+    from dare_hf.routing.scores import HeadMean
 
 PREFIX = "dare_"
 
@@ -86,8 +91,8 @@ def _observing(implementation: str) -> Any:
         if state is None:
             return function(caller, query, key, value, attention_mask, *args, **kwargs)
         tensors = (query, key, value)
-        scaling = _scale(kwargs.get("scaling"), query)
-        call = AttentionCall(scaling, kwargs.get("sliding_window"), attention_mask, state.mean)
+        softmax = _softmax(query, state.mean, kwargs)
+        call = AttentionCall(softmax, kwargs.get("sliding_window"), attention_mask)
         call = call._replace(mask=state.before_attention(tensors, call))
         output = function(caller, query, key, value, call.mask, *args, **kwargs)
         state.after_attention(tensors, call)
@@ -103,5 +108,10 @@ def _original(module: nn.Module, implementation: str) -> Any:
     return ALL_ATTENTION_FUNCTIONS[implementation]
 
 
-def _scale(scaling: float | None, query: Tensor) -> float:
-    return query.shape[-1] ** -0.5 if scaling is None else scaling
+def _softmax(query: Tensor, mean: HeadMean, arguments: Mapping[str, Any]) -> Softmax:
+    """What an attention function does, by the keyword arguments transformers calls it with."""
+    scaling, sinks = arguments.get("scaling"), arguments.get("s_aux")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return Softmax(
+        scaling, mean, arguments.get("softcap"), None if sinks is None else sinks.detach()
+    )

@@ -64,7 +64,7 @@ class Controller:
         settings: Settings,
         anatomy: Anatomy,
         base_implementation: str,
-        exempt: frozenset[int],
+        exempt: Mapping[int, int],
     ) -> None:
         self.anatomy, self.base_implementation, self.exempt = anatomy, base_implementation, exempt
         self.adapter: ActiveAdapter | None = None
@@ -160,9 +160,10 @@ class Controller:
         later = self.rules.closes_hops or call is None or call.continues
         return later or self.config.max_kv_tokens is not None
 
-    def is_exempt(self, layer: int) -> bool:
-        """Whether a layer keeps everything whatever its rate."""
-        return layer in self.exempt
+    def is_exempt(self, layer: int, context: ForwardContext) -> bool:
+        """Whether a layer keeps everything whatever its rate, at the length reached so far."""
+        least = self.exempt.get(layer)
+        return least is not None and context.past + context.length >= least
 
     def captures(self, layer: int, context: ForwardContext) -> bool:
         """Whether the attention of `layer` is needed to score the layer after it."""

@@ -41,7 +41,6 @@ class LayerState:
         inner: The forward that was there before, a bound method.
         names: Its parameter names after hidden_states, for arguments passed by position.
         causal: What a None mask means in this layer.
-        exempt: Keep everything here (a sliding layer under flash attention).
         mean: Over all heads of this layer, where this process holds some.
     """
 
@@ -50,7 +49,6 @@ class LayerState:
     inner: Callable[..., Any]
     names: tuple[str, ...] = field(default=())
     causal: bool = True
-    exempt: bool = False
     mean: HeadMean = local_mean
 
     @property
@@ -62,7 +60,7 @@ class LayerState:
         """The mask this layer's attention shall use; called by its attention function."""
         context = self._watched()
         if context is None or context.inner_hops is None or context.columns is None:
-            return damped(call.mask, tensors, call.scaling)
+            return damped(call.mask, tensors, call.softmax)
         with torch.no_grad():
             inner = context.inner_hops
             allowed = inner.allowed(context, self.index, tensors, call, self.source)
@@ -140,9 +138,9 @@ def _plan_for(layer: nn.Module, state: LayerState, context: ForwardContext, hidd
         return plan
     source = controller.table.plan_layers[index]
     before = context.plans.get(index - 1)
-    if state.exempt and not controller.config.multiplies:
+    if controller.is_exempt(index, context) and not controller.config.multiplies:
         plan = keep_all(context)
-    elif source != index and source in context.plans and not controller.is_exempt(source):
+    elif source != index and source in context.plans and not controller.is_exempt(source, context):
         plan = context.plans[source]
     else:
         plan = _select(layer, state, context, hidden, before)
@@ -159,7 +157,8 @@ def _select(
 ) -> Plan:
     controller, index = state.controller, state.index
     scored = controller.stores_scores or controller.config.multiplies
-    if state.exempt or not controller.planner.prunes(context, index, before):
+    exempt = controller.is_exempt(index, context)
+    if exempt or not controller.planner.prunes(context, index, before):
         plan = keep_all(context)
         if scored:
             plan = replace(plan, scores=controller.scorer.scores(context, layer, index, hidden))

@@ -78,7 +78,7 @@ def resolve(model: Any, config: DareConfig, anatomy: Anatomy, processor: Any = N
     """
     if not hasattr(model, "generate"):
         raise UnsupportedModelError(
-            f"expected a model with generate (…ForConditionalGeneration); got "
+            "expected a model with generate (…ForConditionalGeneration, …ForCausalLM); got "
             f"{type(model).__name__}"
         )
     spec, model_config = anatomy.spec, model.config

@@ -121,7 +121,7 @@ class InnerHops:
         if not self.observed:
             return None
         ring = context.cache.layer(layer).ring if context.cache is not None else None
-        ring = ring or QueryRing.empty(query, call.scaling, call.mean)
+        ring = ring or QueryRing.empty(query, call.softmax)
         running = where[:, where.shape[1] - query.shape[2] :]
         return ring.pushed(query, running, RING + query.shape[2])
 

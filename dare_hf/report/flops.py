@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -64,7 +65,7 @@ class LayerShape:
         k_out = getattr(getattr(attention, "k_proj", None), "out_features", kv_heads * qk_dim)
         return cls(
             linear_macs=linear_macs_per_token(layer),
-            q_heads=q_out // qk_dim,
+            q_heads=_query_heads(attention, v_dim) or q_out // qk_dim,
             kv_heads=0 if getattr(attention, "is_kv_shared_layer", False) else k_out // qk_dim,
             qk_dim=qk_dim,
             v_dim=v_dim,
@@ -238,6 +239,12 @@ def _attention(layer: nn.Module) -> nn.Module | None:
     return None
 
 
+def _query_heads(attention: Any, v_dim: int) -> int | None:
+    """By what leaves the attention: the query projection may make gates beside the queries."""
+    width = getattr(getattr(attention, "o_proj", None), "in_features", None)
+    return None if width is None else width // v_dim
+
+
 def _latent(attention: Any) -> int | None:
     """Multi-head latent attention stores latents and one rotated key for all heads."""
     if not hasattr(attention, "expand_kv"):
@@ -273,9 +280,11 @@ def _linear_macs(module: Any, experts_per_token: int) -> int:
         return macs
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return macs + module.in_features * module.out_features
-    for parameter in module.parameters(recurse=False):
+    if isinstance(module, Conv1D):  # of GPT-2: a linear map, stored transposed
+        return macs + module.weight.numel()
+    for name, parameter in module.named_parameters(recurse=False):
         if parameter.ndim == 3:
             macs += experts_per_token * parameter[0].numel()
-        elif parameter.ndim == 2 and hasattr(module, "num_experts"):
+        elif parameter.ndim == 2 and hasattr(module, "num_experts") and not name.endswith("bias"):
             macs += parameter.numel()
     return macs

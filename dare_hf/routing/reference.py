@@ -221,6 +221,8 @@ def attention_scores(
     query_valid: Tensor,
     span: Tensor,
     scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Head by head and query by query: softmax over what it sees, times the value's norm."""
     batch, heads, queries, _ = query.shape
@@ -239,7 +241,11 @@ def attention_scores(
                     * float(query[row, head, w].double() @ key[row, head // group, c].double())
                     for c in columns
                 ]
+                if softcap is not None:
+                    logits = [softcap * math.tanh(logit / softcap) for logit in logits]
                 total = sum(math.exp(logit - max(logits)) for logit in logits)
+                if sinks is not None and logits:
+                    total += math.exp(float(sinks[head]) - max(logits))
                 for c, logit in zip(columns, logits, strict=True):
                     mass = math.exp(logit - max(logits)) / total / (heads * len(valid))
                     scores[row, c] += mass * math.hypot(*value[row, head // group, c].tolist())

@@ -1,7 +1,7 @@
 """Scores: how much a token matters to a layer. The higher, the better; fp32 (fp64 of fp64)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +17,42 @@ HeadMean = Callable[[Tensor, int], Tensor]
 def local_mean(total: Tensor, heads: int) -> Tensor:
     """The mean where this process holds all heads."""
     return total / heads
+
+
+class Softmax(NamedTuple):
+    """How the queries and keys of one attention become probabilities.
+
+    Attributes:
+        scaling: Factor on the logits.
+        mean: Over all heads, where this process holds some.
+        softcap: Bound c of the scaled logits, ``c tanh(x / c)``; None for none.
+        sinks: Float[H], for each head the logit of a key that nobody has: probabilities of the
+            others sum to less than 1. None for none.
+    """
+
+    scaling: float
+    mean: HeadMean = local_mean
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    def probabilities(self, products: Tensor, mask: Tensor) -> Tensor:
+        """What each query gives each key.
+
+        Args:
+            products: Float[B, H, Q, C], queries times keys; overwritten.
+            mask: Added to the logits, or Bool with True for what is seen.
+        """
+        logits = products.mul_(self.scaling)
+        if self.softcap is not None:
+            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        if mask.dtype == torch.bool:
+            logits = logits.masked_fill_(~mask, -torch.inf)
+        else:
+            logits = logits.add_(mask)
+        if self.sinks is None:
+            return logits.softmax(-1)
+        sinks = self.sinks.to(logits).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        return torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
 
 
 def router_scores(
@@ -91,6 +127,8 @@ def attention_scores(
     span: Bool[Tensor, "batch stored"],
     scaling: float,
     mean: HeadMean = local_mean,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " heads"] | None = None,
 ) -> Float[Tensor, "batch stored"]:
     """Attention mass times value norm (mean over heads and queries), over its mean in the span.
 
@@ -106,6 +144,8 @@ def attention_scores(
         span: keys that get a score.
         scaling: factor on the logits.
         mean: over all heads, where this process holds some.
+        softcap: see :class:`Softmax`.
+        sinks: see :class:`Softmax`; what a sink takes is nobody's score.
 
     Source: docs/method.md, section 2 (attention).
     """
@@ -114,10 +154,10 @@ def attention_scores(
     seen = visible & query_valid[:, None, :, None]
     with torch.autocast(query.device.type, enabled=False):
         grouped = _wide(query).reshape(batch, kv_heads, -1, dim)
-        logits = (grouped @ _wide(key).transpose(-1, -2)).mul_(scaling)
-    logits = logits.view(batch, heads, queries, stored).masked_fill_(~seen, -torch.inf)
+        products = (grouped @ _wide(key).transpose(-1, -2)).view(batch, heads, queries, stored)
     # A query that sees nothing has only -inf: softmax gives NaN there, and no mass.
-    mass = logits.softmax(-1).masked_fill_(~seen, 0.0)
+    rules = Softmax(scaling, mean, softcap, sinks)
+    mass = rules.probabilities(products, seen).masked_fill_(~seen, 0.0)
     mass = mass.view(batch, kv_heads, heads // kv_heads, queries, stored).sum((2, 3))
     raw = mean((mass * _wide(value).norm(dim=-1)).sum(1), heads)
     raw = raw / query_valid.sum(1, keepdim=True).clamp(min=1)

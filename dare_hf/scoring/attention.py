@@ -71,7 +71,7 @@ def score_span(
     visible = visible_keys(call, index, columns.expand(query.shape[0], -1), query.shape[2])
     span = torch.zeros(query.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
     span[:, key.shape[2] - query.shape[2] :] = plan.span_live(context)
-    scores = attention_scores(taken, key, value, visible, there, span, call.scaling, call.mean)
+    scores = attention_scores(taken, key, value, visible, there, span, *call.softmax)
     new = scores[:, key.shape[2] - query.shape[2] :]
     context.attention_score = plan.spread(new, context.attention_score, context)
     context.attention_layer = layer

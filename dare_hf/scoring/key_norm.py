@@ -37,7 +37,11 @@ class KeyNormScorer:
             _, keys, _ = attention._split_heads(attention.query_key_value(normed))
             return key_norm_scores(keys.transpose(1, 2), mean)
         keys = layer.get_submodule(projection)(normed)
-        heads = keys.shape[-1] // _head_dim(layer)
+        width = _head_dim(layer)
+        if not projection.endswith("k_proj"):  # one matrix of queries, keys and values, in order
+            both = 2 * width * _kv_heads(attention)
+            keys = keys[..., -both : -both // 2]
+        heads = keys.shape[-1] // width
         return key_norm_scores(keys.unflatten(-1, (heads, -1)).transpose(1, 2), mean)
 
 
@@ -52,6 +56,11 @@ def _latent_keys(attention: Any, normed: Tensor) -> Tensor:
     latent, turned = attention.kv_a_proj_with_mqa(normed).split(widths, dim=-1)
     latent = attention.kv_a_layernorm(latent)
     return attention.expand_kv(latent[:, None], turned[:, None])[0]
+
+
+def _kv_heads(attention: Any) -> int:
+    config = attention.config
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def _head_dim(layer: Any) -> int:

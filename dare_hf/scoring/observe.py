@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from dare_hf.cache.ring import QueryRing
-from dare_hf.routing.scores import attention_scores, local_mean
+from dare_hf.routing.scores import attention_scores
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dare_hf.cache import DareLayer
-    from dare_hf.routing.scores import HeadMean
+    from dare_hf.routing.scores import Softmax
 
     Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -28,16 +28,14 @@ class AttentionCall(NamedTuple):
     """How one attention is called.
 
     Attributes:
-        scaling: Softmax scale.
+        softmax: What becomes of queries and keys.
         window: Tokens a sliding layer sees where its mask does not say so, None for all.
         mask: The mask of the running rows over the physical columns.
-        mean: Over all heads, where this process holds some.
     """
 
-    scaling: float
+    softmax: Softmax
     window: int | None
     mask: Any
-    mean: HeadMean = local_mean
 
 
 def push_queries(slot: DareLayer, query: Tensor, columns: Tensor, call: AttentionCall) -> None:
@@ -49,7 +47,7 @@ def push_queries(slot: DareLayer, query: Tensor, columns: Tensor, call: Attentio
         columns: Long[B|1, K] their logical positions, -1 for fills and pads.
         call: How their attention is called.
     """
-    ring = slot.ring or QueryRing.empty(query, call.scaling, call.mean)
+    ring = slot.ring or QueryRing.empty(query, call.softmax)
     slot.ring = ring.pushed(query, columns.to(query.device).expand(query.shape[0], -1), RING)
 
 
@@ -84,4 +82,4 @@ def ring_scores(
     seen = (where[:, None, :] <= last.positions[:, :, None]) & (where >= 0)[:, None, :]
     there = last.positions >= 0
     shown = (seen[:, None], there, closed)
-    return attention_scores(last.query, *stored, *shown, ring.scaling, ring.mean)
+    return attention_scores(last.query, *stored, *shown, *ring.softmax)

@@ -16,6 +16,8 @@ from dare_hf.routing import gates
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dare_hf.routing.scores import Softmax
+
 _MARK = "dare_closed"
 
 
@@ -25,13 +27,13 @@ def mark_closed(mask: Tensor, closed: Tensor) -> Tensor:
     return mask
 
 
-def damped(mask: Any, tensors: tuple[Tensor, Tensor, Tensor], scaling: float) -> Any:
+def damped(mask: Any, tensors: tuple[Tensor, Tensor, Tensor], softmax: Softmax) -> Any:
     """The mask an attention shall use: the same values, for each head, with the damped gradient.
 
     Args:
         mask: What the layer hands to its attention; only one of `mark_closed` is changed.
         tensors: query [B, H, S, d], key [B, Hkv, S, d] and value.
-        scaling: Softmax scale.
+        softmax: What becomes of queries and keys.
 
     Source: docs/training.md, "What is differentiated".
     """
@@ -39,7 +41,7 @@ def damped(mask: Any, tensors: tuple[Tensor, Tensor, Tensor], scaling: float) ->
     if closed is None or not mask.requires_grad:
         return mask
     query, key, _ = tensors
-    return _Damped.apply(mask, query.detach(), key.detach(), closed, scaling)
+    return _Damped.apply(mask, query.detach(), key.detach(), closed, softmax)
 
 
 class _Damped(torch.autograd.Function):
@@ -47,10 +49,10 @@ class _Damped(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, mask: Tensor, query: Tensor, key: Tensor, closed: Tensor, scaling: float
+        ctx: Any, mask: Tensor, query: Tensor, key: Tensor, closed: Tensor, softmax: Softmax
     ) -> Tensor:
         ctx.save_for_backward(mask, query, key, closed)
-        ctx.scaling = scaling
+        ctx.softmax = softmax
         return mask.expand(-1, query.shape[1], -1, -1)
 
     @staticmethod
@@ -59,8 +61,8 @@ class _Damped(torch.autograd.Function):
         wide = torch.promote_types(query.dtype, torch.float32)
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         with torch.autocast(query.device.type, enabled=False):
-            logits = query.to(wide) @ key.to(wide).transpose(-1, -2)
-        share = logits.mul_(ctx.scaling).add_(mask).softmax(-1)
+            products = query.to(wide) @ key.to(wide).transpose(-1, -2)
+        share = ctx.softmax.probabilities(products, mask)
         # a closed entry's share is r times the floor; in place: the only further tensors of this
         # size are the logits and the gradient that comes in
         factor = share.div_(gates.FLOOR).add_(1.0).reciprocal_().masked_fill_(~closed, 1.0)

@@ -12,6 +12,7 @@ from dare_hf.testing import pictures
 from dare_hf.testing.family import Family
 from dare_hf.testing.models import IMAGE_ID, VIDEO_ID
 from dare_hf.testing.no_tower import NoTowerConfig
+from dare_hf.testing.text_families import TEXT_FAMILIES
 
 _STRIP = Family(
     pictures.strip, parts.MINICPM, joins={"pixel_values": -1, "pixel_values_videos": -1}
@@ -267,6 +268,7 @@ FAMILIES: dict[str, Family] = {
             "head_dim": 4,
         },
         sees=False,
+        images=(0, 0, 0),
     ),
     "mllama": Family(
         pictures.ratio_tiles,
@@ -376,4 +378,4 @@ _PLAIN = Family()
 
 def family_of(model_type: str) -> Family:
     """The data of an architecture; the default where it needs none."""
-    return FAMILIES.get(model_type, _PLAIN)
+    return FAMILIES.get(model_type) or TEXT_FAMILIES.get(model_type, _PLAIN)

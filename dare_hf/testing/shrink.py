@@ -10,7 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
 from dare_hf.testing.families import family_of
 from dare_hf.testing.models import (
@@ -130,15 +134,21 @@ def shrunk_config(model_type: str) -> PreTrainedConfig:
     return kind(**_merge(small, family_of(model_type).config))
 
 
+def class_of(config: PreTrainedConfig) -> Any:
+    """The class a config's model has: the one that reads images where there is one."""
+    sees = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    return sees or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
 def shrunk_model(model_type: str, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A tiny random model of this architecture, sharp, in eval mode, that writes to the end.
 
     Args:
-        model_type: A key of MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.
+        model_type: A key of MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or MODEL_FOR_CAUSAL_LM_MAPPING.
         dtype: Type of all weights (default float32).
     """
     config = shrunk_config(model_type)
-    kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    kind = class_of(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = kind._from_config(config, dtype=torch.float32)
