@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from dare_hf.architectures.locate import locate
 from dare_hf.config import DareConfig
@@ -25,7 +26,7 @@ from dare_hf.engine.settings import check_adapter, made_for, resolve
 from dare_hf.engine.undo import UndoRecord
 from dare_hf.errors import DareConfigError, DareStateError, UnsupportedModelError
 from dare_hf.routers.files import check_made_for, check_tensors, read_adapter, shapes
-from dare_hf.routers.holder import NAME, RouterHolder
+from dare_hf.routers.holder import NAME, AppliedRouters
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from dare_hf.architectures.locate import Anatomy
     from dare_hf.engine.settings import Settings
     from dare_hf.report import DareReport
+
+logger = logging.get_logger("transformers.dare_hf")
 
 # The name of the one adapter that apply_dare puts on a model.
 ADAPTER = "default"
@@ -50,9 +53,9 @@ def apply_dare(
 
     Args:
         model: A supported model of transformers, or a PeftModel around one.
-        config: What to prune, None for the safe training-free preset; or the folder or hub id of a
-            trained router adapter, whose configuration and weights are read. Such an adapter is
-            not one of peft's: LoRA adapters on the same model stay as they are.
+        config: What to prune, None for `DareConfig()`, which is training-free and safe; or the
+            folder or hub id of a trained router adapter, whose configuration and weights are read.
+            Such an adapter is not one of peft's: LoRA adapters on the same model stay as they are.
         processor: Only needed when `hop_delimiters` of the configuration holds strings.
 
     Returns:
@@ -72,7 +75,7 @@ def apply_dare(
     weights = None
     if isinstance(config, (str, os.PathLike)):
         config, weights = read_adapter(os.fspath(config))
-    config = DareConfig.preset("safe") if config is None else config
+    config = DareConfig() if config is None else config
     if not isinstance(config, DareConfig):
         raise DareConfigError(
             f"config: expected a DareConfig, an adapter's folder or hub id, or None; got "
@@ -87,7 +90,9 @@ def apply_dare(
     undo = UndoRecord()
     try:
         state = attach(target, controller, undo, owner="apply_dare")
-        watch_attention(target, state, settings)
+        watch_attention(state, settings)
+        if "save_pretrained" not in vars(target):
+            undo.put(target, "save_pretrained", _save_pretrained)
         if weights is not None:
             _put_routers(anatomy, settings, weights, undo)
             controller.adapter = ActiveAdapter(anatomy.layers)
@@ -127,12 +132,31 @@ def dare_disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def last_report(model: nn.Module) -> DareReport:
-    """The report of this thread's last generate or forward of `model`, as plain numbers.
+    """The report of the newest finished generate or forward of `model`, as plain numbers.
+
+    Of whatever thread; where several run at once, each cache has its own (`cache.report`). A note
+    says where the model ran again without one.
 
     Raises:
-        DareStateError: The model has no DARE, or nothing has run yet.
+        DareStateError: The model has no DARE, nothing has run yet, or DARE is switched off now.
     """
-    return state_of(model).controller.last_report()
+    controller = state_of(model).controller
+    if controller.disabled:
+        raise DareStateError(
+            "expected a model whose DARE is switched on; got one inside dare_disabled (or whose "
+            "adapter peft has switched off), where the plain model runs and nothing is counted. "
+            "Leave the block first"
+        )
+    return controller.newest.report()
+
+
+def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """The model's own save_pretrained, and a word."""
+    logger.warning_once(
+        "save_pretrained: DARE is no part of the checkpoint. Call apply_dare again on the model "
+        "that is loaded from it"
+    )
+    return type(model).save_pretrained(model, *args, **kwargs)
 
 
 def _put_routers(
@@ -147,4 +171,4 @@ def _put_routers(
         with torch.no_grad():
             router.load_state_dict(tensors)
         router.requires_grad_(False)
-        undo.child(layer, NAME, RouterHolder({ADAPTER: router}))
+        undo.child(layer, NAME, AppliedRouters({ADAPTER: router}))

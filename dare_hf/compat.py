@@ -158,6 +158,11 @@ def adapter_methods() -> dict[str, types.FunctionType]:
     }
 
 
+def call_adapter_method(name: str, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call one of `adapter_methods` on a model; found by name, so that a pickle can hold it."""
+    return adapter_methods()[name](model, *args, **kwargs)
+
+
 def _with_floor(method: types.FunctionType) -> types.FunctionType:
     """The same code with another floor under peft, changing nothing in transformers itself."""
     names = {**method.__globals__, "MIN_PEFT_VERSION": OLDEST_PEFT}

@@ -1,7 +1,10 @@
 """DareConfig: defaults, presets, refusals, and the way through adapter_config.json."""
 
+import copy
 import dataclasses
+import inspect
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -150,12 +153,12 @@ def test_every_field_is_documented() -> None:
 def test_defaults_are_the_contract() -> None:
     values = {name: getattr(DareConfig(), name) for name in own_fields()}
     assert values == {
-        "vision_retention": 0.4,
-        "text_retention": 0.7,
-        "schedule": "two_stage",
-        "plan_every": 1,
+        "vision_retention": 7 / 12,
+        "text_retention": 1.0,
+        "schedule": "safe",
+        "plan_every": 4,
         "batch_budget": "row",
-        "uniform_share": 0.0,
+        "uniform_share": 0.25,
         "cut_layer": "auto",
         "prefix_tokens": 2,
         "pruned": "bypass",
@@ -188,6 +191,93 @@ def test_defaults_are_the_contract() -> None:
         "model_type": None,
         "peft_type": "DARE_ROUTER",
     }
+
+
+BY_SCHEDULE = ("schedule", "vision_retention", "text_retention", "plan_every", "uniform_share")
+SAFE = ("safe", 7 / 12, 1.0, 4, 0.25)
+OTHERWISE = (0.4, 0.7, 1, 0.0)
+
+
+def by_schedule(config: DareConfig) -> tuple[object, ...]:
+    return tuple(getattr(config, name) for name in BY_SCHEDULE)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, SAFE),
+        ({"scorer": "random"}, SAFE),
+        ({"scorer": "router"}, ("two_stage", *OTHERWISE)),
+        ({"scorer": "router", "schedule": "safe"}, SAFE),
+        ({"schedule": "learned"}, ("learned", *OTHERWISE)),
+        ({"schedule": "constant", "plan_every": 3}, ("constant", 0.4, 0.7, 3, 0.0)),
+        ({"vision_retention": 0.4}, ("safe", 0.4, 1.0, 4, 0.25)),
+        ({"schedule": [(0.5, 1.0)]}, (((0.5, 1.0),), *OTHERWISE)),
+    ],
+)
+def test_what_is_unnamed_follows_the_schedule(given: dict, found: tuple) -> None:
+    assert by_schedule(DareConfig(**given)) == found
+
+
+def test_the_safe_preset_is_the_default() -> None:
+    assert DareConfig.preset("safe") == DareConfig()
+
+
+def test_another_schedule_resolves_what_is_unnamed_and_nothing_else() -> None:
+    fresh = dataclasses.replace(DareConfig(seed=3), schedule="constant")
+    assert by_schedule(fresh) == ("constant", *OTHERWISE)
+    assert fresh.seed == 3
+    assert by_schedule(dataclasses.replace(fresh, schedule="safe")) == SAFE
+    assert by_schedule(dataclasses.replace(DareConfig(), scorer="router"))[0] == "two_stage"
+    # a value that is named stays, also where it is the default by chance
+    named = DareConfig(vision_retention=7 / 12, plan_every=4)
+    found = by_schedule(dataclasses.replace(named, schedule="constant"))
+    assert found == ("constant", 7 / 12, 0.7, 4, 0.0)
+    found = by_schedule(dataclasses.replace(DareConfig(), schedule="constant", plan_every=4))
+    assert found == ("constant", 0.4, 0.7, 4, 0.0)
+    for twin in (copy.deepcopy(DareConfig()), pickle.loads(pickle.dumps(DareConfig()))):
+        assert by_schedule(dataclasses.replace(twin, schedule="constant"))[1:] == OTHERWISE
+
+
+def test_a_serialised_config_is_literal(tmp_path: Path) -> None:
+    DareConfig().save_pretrained(str(tmp_path))
+    for read in (DareConfig.from_pretrained(str(tmp_path)), DareConfig(**DareConfig().to_dict())):
+        assert by_schedule(dataclasses.replace(read, schedule="constant")) == (
+            "constant",
+            *SAFE[1:],
+        )
+    assert all(type(value) in (float, int, str) for value in by_schedule(read))
+
+
+def test_checked_again() -> None:
+    config = DareConfig()
+    config.vision_retention = 7
+    with pytest.raises(DareConfigError, match=r"vision_retention .*got 7"):
+        config.checked()
+    config.vision_retention, config.schedule = 0.3, "constant"
+    twin = config.checked(num_layers=4)
+    assert by_schedule(twin) == ("constant", 0.3, 1.0, 4, 0.25), "resolved when it was made"
+    assert (twin.num_layers, config.num_layers) == (4, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("compression_ratio", r"vision_retention and text_retention.*1 - compression_ratio"),
+        ("sparsity", "1 - sparsity"),
+        ("pruning_ratio", "1 - pruning_ratio"),
+        ("vision_retension", "nearest is vision_retention"),
+        ("hop_delimiter", "nearest is hop_delimiters"),
+        ("pruned_", "nearest is pruned"),
+        ("inference", "nearest is inference_mode"),
+        ("x", "nearest is "),
+    ],
+)
+def test_an_unknown_keyword_names_the_nearest_field(name: str, told: str) -> None:
+    for make in (DareConfig, lambda **given: DareConfig.preset("safe", **given)):
+        with pytest.raises(DareConfigError, match=f"^{name}: .*{told}"):
+            make(**{name: 0.5})
+    assert "vision_retention" in inspect.signature(DareConfig).parameters
 
 
 def test_presets() -> None:

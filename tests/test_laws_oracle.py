@@ -21,7 +21,7 @@ from laws import (
     shared_model,
 )
 
-from dare_hf import DareCache
+from dare_hf import DareCache, DareConfig
 from dare_hf.compat import CACHE, cache_of
 from dare_hf.routing.retention import build_table
 from dare_hf.testing import (
@@ -42,7 +42,7 @@ ROUTINGS = {
     "drop": {"vision_retention": 0.6, "text_retention": 0.8, "pruned": "drop"},
     "two_stage": {"schedule": "two_stage", "vision_retention": 0.4, "text_retention": 0.7},
     "two_stage_drop": {"schedule": "two_stage", "vision_retention": 0.5, "pruned": "drop"},
-    "safe": {"schedule": "safe", "text_retention": 1.0},
+    "safe": {"schedule": "safe", "plan_every": 1, "uniform_share": 0.0},
     "list": {"schedule": LISTED},
     "list_drop": {"schedule": LISTED, "pruned": "drop"},
     "equal": {"batch_budget": "equal"},
@@ -59,11 +59,12 @@ FAST = {"constant", "drop", "every_2_two_stage", "equal"}
 
 def routing_of(fields: dict) -> OracleRouting:
     """Say in the oracle's words what a config asks for."""
+    asked = DareConfig(**{"schedule": "constant", **fields})
     table = build_table(
         LAYERS,
-        schedule=fields.get("schedule", "constant"),
-        vision_retention=fields.get("vision_retention", 0.4),
-        text_retention=fields.get("text_retention", 0.7),
+        schedule=asked.schedule,
+        vision_retention=asked.vision_retention,
+        text_retention=asked.text_retention,
         cut_layer=fields.get("cut_layer", "auto"),
         plan_every=fields.get("plan_every", 1),
     )

@@ -9,7 +9,7 @@ from peft_runs import LEARNED, adapted, routers, saved, tokens
 from test_laws_remove import hold_same, snapshot
 
 from dare_hf import DareConfig, apply_dare, remove_dare
-from dare_hf.errors import DareConfigError, UnsupportedModelError
+from dare_hf.errors import DareConfigError, DareStateError, UnsupportedModelError
 from dare_hf.testing import tiny_model
 from dare_hf.training import add_adapter
 
@@ -32,11 +32,20 @@ def test_cpu_offload_changes_nothing(when, folder):
     else:
         apply_dare(model, saved(folder))
         accelerate.cpu_offload(model, execution_device=CPU)
-        assert routers(model)[0].weight.device.type == "meta"
+        with pytest.raises(DareStateError, match="offload hooks"):
+            tokens(model, inputs)
+        return
     assert tokens(model, inputs) == routed
-    if when == "before":
-        remove_dare(model)
-        assert tokens(model, inputs) == plain
+    remove_dare(model)
+    assert tokens(model, inputs) == plain
+
+
+def test_routers_of_pefts_are_offloaded_with_the_model():
+    routed = tokens(adapted(tiny_model("llava")), inputs_of(tiny_model("llava")))
+    model = adapted(tiny_model("llava"))
+    accelerate.cpu_offload(model, execution_device=CPU)
+    assert routers(model)[0].weight.device.type == "meta"
+    assert tokens(model, inputs_of(tiny_model("llava"))) == routed
 
 
 def test_routers_stay_float32_on_a_half_model(folder):
@@ -84,5 +93,5 @@ def test_an_unsupported_model_is_refused():
 
 
 def test_other_modules_cannot_be_saved_along():
-    with pytest.raises(TypeError, match="modules_to_save"):
+    with pytest.raises(DareConfigError, match="modules_to_save"):
         DareConfig(modules_to_save=["lm_head"])

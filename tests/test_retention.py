@@ -13,6 +13,7 @@ from dare_hf.routing.retention import (
     RetentionTable,
     budget,
     build_table,
+    learned_table,
     resolve_cut_layer,
 )
 
@@ -54,25 +55,52 @@ def test_budget_is_not_off_by_float_noise(rate: float, count: int, kept: int) ->
     assert budget(rate, count) == kept
 
 
-@given(depths, rates, st.floats(0.01, 0.99), st.booleans())
-def test_two_stage_mean_is_the_target(
-    num_layers: int, target: float, cut: float, history: bool
-) -> None:
-    made = table(
-        num_layers,
-        vision_retention=target,
-        text_retention=target,
-        cut_layer=cut,
-        scorer_needs_history=history,
-    )
-    fixed = made.free_layers.count(False)
-    for modality in (VISION, TEXT):
-        row = made.vision[0] if modality == VISION else made.text[0]
+def hold_mean(made: RetentionTable, target: float, runs: list[int] | None = None) -> None:
+    """The mean over the layers of a model is the target, or the nearest that is left."""
+    runs = [1] * len(made.plan_layers) if runs is None else runs
+    whole = sum(n for n, free in zip(runs, made.free_layers, strict=True) if not free)
+    for row in (made.vision[0], made.text[0]):
         assert all(0 < rate <= 1 for rate in row)
-        if MIN_RATE not in row and fixed < num_layers:
-            assert made.mean(modality) == pytest.approx(target, abs=MEAN_TOLERANCE)
-        else:
-            assert made.mean(modality) >= target - MEAN_TOLERANCE, "the clamp only adds"
+        mean = sum(n * rate for n, rate in zip(runs, row, strict=True)) / sum(runs)
+        nearest = max(target, whole / sum(runs))
+        # a rate that is clamped from 0 to MIN_RATE adds as much
+        assert mean == pytest.approx(nearest, abs=MIN_RATE + MEAN_TOLERANCE)
+        if MIN_RATE not in row:
+            assert mean == pytest.approx(nearest, abs=MEAN_TOLERANCE)
+
+
+@given(
+    st.lists(st.integers(1, 3), min_size=1, max_size=40),
+    rates,
+    st.floats(0.01, 0.99),
+    st.sampled_from(["two_stage", "safe", "constant"]),
+    st.booleans(),
+    st.sets(st.integers(0, 39), max_size=4),
+    st.integers(1, 9),
+)
+def test_the_mean_is_what_was_named(
+    runs: list[int],
+    target: float,
+    cut: float,
+    schedule: str,
+    history: bool,
+    whole: set[int],
+    every: int,
+) -> None:
+    fields = {"cut_layer": cut, "runs": runs, "vision_retention": target, "text_retention": target}
+    depth = len(runs)
+    made = table(
+        depth, schedule, scorer_needs_history=history, whole=whole, plan_every=every, **fields
+    )
+    assert all(not made.free_layers[layer] for layer in whole if layer < depth)
+    if schedule == "constant":
+        expected = tuple(target if free else 1.0 for free in made.free_layers)
+        assert made.vision[0] == made.text[0] == expected
+    else:
+        hold_mean(made, target, runs)
+    shared = table(depth, "two_stage", plan_every=every, shares_rates=True, **fields)
+    pairs = [list(zip(shared.text[0], shared.vision[0], strict=True))]
+    hold_mean(learned_table(pairs, plan_every=every), target, runs)
 
 
 @given(depths, st.floats(0.01, 0.99), st.booleans())
@@ -127,15 +155,25 @@ def test_two_stage_moves_what_the_first_stage_cannot_hold() -> None:
     assert made.vision[0][7:] == (pytest.approx(0.52),) * 5
 
 
-@pytest.mark.parametrize("num_layers", [1, 2, 3, 4, 5, 12, 28, 32])
+@pytest.mark.parametrize("num_layers", [3, 9, 12, 27, 30])
 @pytest.mark.parametrize("history", [False, True])
-def test_safe(num_layers: int, history: bool) -> None:
-    made = table(num_layers, "safe", scorer_needs_history=history, vision_retention=0.1)
+def test_safe_at_its_default_is_thirds(num_layers: int, history: bool) -> None:
+    fields = {"vision_retention": 7 / 12, "text_retention": 1.0}
+    made = table(num_layers, "safe", scorer_needs_history=history and num_layers > 3, **fields)
+    third = num_layers // 3
     assert made.text == ((1.0,) * num_layers,)
-    for layer, rate in enumerate(made.vision[0]):
-        third = 1.0 if layer < math.ceil(num_layers / 3) else 0.5
-        expected = 0.25 if layer >= math.ceil(2 * num_layers / 3) else third
-        assert rate == (1.0 if history and layer < 2 else expected)
+    assert made.vision[0] == pytest.approx([1.0] * third + [0.5] * third + [0.25] * third)
+    assert made.vision[0][:third] == (1.0,) * third, "a layer of rate 1 is left alone"
+
+
+@given(depths, rates)
+def test_safe_keeps_its_shape(num_layers: int, target: float) -> None:
+    row = table(num_layers, "safe", vision_retention=target).vision[0]
+    first, second, third = row[0], row[math.ceil(num_layers / 3) :], row[-1]
+    assert list(row) == sorted(row, reverse=True)
+    if first < 1 and num_layers > 2:
+        assert second[0] == pytest.approx(first / 2)
+        assert third == pytest.approx(first / 4)
 
 
 def test_constant_leaves_no_layer_out() -> None:

@@ -9,7 +9,6 @@ from peft import PeftModel
 from peft_runs import adapted
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.utils import logging as hf_logging
 
 from dare_hf import DareCache, DareConfig, apply_dare, last_report, remove_dare
 from dare_hf.architectures.locate import attention_of, locate
@@ -68,13 +67,10 @@ def test_token_types_of_a_language_model_are_no_images():
 
 @pytest.mark.parametrize("config", [None, DareConfig(scorer="attention", text_retention=0.7)])
 def test_pruned_text_without_training_is_warned_of_once(subjects, config, caplog):
-    hf_logging.enable_propagation()
-    try:
-        with caplog.at_level(logging.WARNING):
-            apply_dare(subjects["llama"].model, config)
-    finally:
-        hf_logging.disable_propagation()
-        remove_dare(subjects["llama"].model)
+    logging.Logger.warning_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        apply_dare(subjects["llama"].model, config)
+    remove_dare(subjects["llama"].model)
     found = [record.message for record in caplog.records]
     assert sum("pruning text without training" in text for text in found) == (config is not None)
 

@@ -10,6 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from dare_hf.engine import routed_layer
 from dare_hf.routing import gates
+from dare_hf.routing.scores import Softmax
 from dare_hf.simulation.damping import damped, mark_closed
 from dare_hf.testing import tiny_model
 from dare_hf.training import auxiliary_loss
@@ -145,7 +146,7 @@ def test_a_closed_gate_says_what_opening_its_key_would_change(sharpness):
     soft = torch.zeros(1, 1, 6, 6, dtype=torch.float64, requires_grad=True)
     gate = gates.straight_through(~closed, soft)
     mask = mark_closed(barred + gates.log_gates(gate), closed)
-    used = damped(mask, (query, key, value), 8**-0.5)
+    used = damped(mask, (query, key, value), Softmax(8**-0.5))
     (attend(used) * toward).sum().backward()
     hidden = barred.masked_fill(closed, -torch.inf)
     without = (attend(hidden) * toward).sum()

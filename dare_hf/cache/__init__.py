@@ -33,6 +33,16 @@ class Recorder(Protocol):
         """What was counted, with the cache as it is now."""
 
 
+class _Told(NamedTuple):
+    """What was counted by a recorder that a copied cache has left behind."""
+
+    found: DareReport
+
+    def report(self, cache: DareCache) -> DareReport:
+        """What was counted then."""
+        return copy.deepcopy(self.found)
+
+
 class HopTracker(Protocol):
     """The hop counters that travel with a cache."""
 
@@ -144,6 +154,11 @@ class DareCache(Cache):
     def report(self) -> DareReport | None:
         """DareReport of the run this cache was last used in; None before any."""
         return None if self.recorder is None else self.recorder.report(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tensors and plain numbers; a copy knows what its run counted so far."""
+        told = None if self.recorder is None else _Told(self.recorder.report(self))
+        return vars(self) | {"recorder": told}
 
     # What is stored
 

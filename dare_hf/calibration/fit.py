@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dare_hf.engine.controller import Controller
     from dare_hf.routers.router import Router
 
-logger = logging.get_logger("dare_hf")
+logger = logging.get_logger("transformers.dare_hf")
 
 KINDS = {TEXT: "text", VISION: "vision"}
 # Added to importance before its logarithm: attention below this share of the mean counts the same.

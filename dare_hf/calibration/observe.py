@@ -10,7 +10,7 @@ import torch
 
 from dare_hf.architectures.locate import attention_of
 from dare_hf.architectures.tensor_parallel import head_mean, shared_heads
-from dare_hf.engine.attention_functions import observed_name
+from dare_hf.engine.attention_functions import watch
 from dare_hf.engine.undo import UndoRecord
 from dare_hf.routing.kinds import TEXT, VISION
 from dare_hf.routing.scores import HeadMean, attention_scores, local_mean
@@ -18,7 +18,7 @@ from dare_hf.scoring.attention import visible_keys
 from dare_hf.scoring.observe import AttentionCall
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from torch import Tensor, nn
 
@@ -149,25 +149,14 @@ def watching(anatomy: Anatomy, tokens: Tokens) -> Iterator[list[Seen]]:
     means = [head_mean(shared_heads(attention_of(layer), model)) for layer in anatomy.layers]
     undo, watchers = UndoRecord(), [_Watcher(tokens, mean) for mean in means]
     try:
-        for config in _configs(anatomy):
-            undo.set(config, "_attn_implementation_internal", _twin(config))
+        name = anatomy.text_config._attn_implementation
         for layer, watcher in zip(anatomy.layers, watchers, strict=True):
+            watch(attention_of(layer), name, undo)
             undo.set(attention_of(layer), "_dare", watcher)
             undo.hook(layer.register_forward_pre_hook(_keep_input(watcher), with_kwargs=True))
         yield [watcher.seen for watcher in watchers]
     finally:
         undo.undo()
-
-
-def _twin(config: Any) -> str:
-    name = config._attn_implementation
-    return name if name.startswith("dare_") else observed_name(name)
-
-
-def _configs(anatomy: Anatomy) -> Sequence[Any]:
-    found = [anatomy.text_config, *(attention_of(layer).config for layer in anatomy.layers)]
-    found += [module.config.get_text_config() for module in anatomy.hooked]
-    return list({id(config): config for config in found}.values())
 
 
 def _keep_input(watcher: _Watcher) -> Any:

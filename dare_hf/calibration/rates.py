@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dare_hf.engine.controller import Controller
     from dare_hf.routers.router import Router
 
-logger = logging.get_logger("dare_hf")
+logger = logging.get_logger("transformers.dare_hf")
 
 # Rates tried in one layer while all others keep everything, falling.
 TRIED_RATES = {VISION: (0.6, 0.35, 0.15, 0.04), TEXT: (0.8, 0.6, 0.4)}

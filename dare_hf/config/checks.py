@@ -1,11 +1,73 @@
 """Checks of single configuration values: each names the field, its range and what was given."""
 
+import difflib
+import functools
 import math
 from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from dare_hf.errors import DareConfigError
+
+_Class = TypeVar("_Class", bound=type)
+
+# What other libraries name by the share that goes; retention is the share that stays.
+_COMPLEMENTS = ("compress", "sparsity", "prun", "reduc", "drop")
+
+
+class Unnamed:
+    """Mark of a value that its caller left at the default, which another choice may change.
+
+    It lives in the value itself, since `dataclasses.replace` passes every field on by value.
+    """
+
+
+class _UnnamedInt(Unnamed, int):
+    pass
+
+
+class _UnnamedFloat(Unnamed, float):
+    pass
+
+
+class _UnnamedStr(Unnamed, str):
+    pass
+
+
+def unnamed(value: Any) -> Any:
+    """The same int, float or str, marked as left at the default."""
+    kinds = {int: _UnnamedInt, float: _UnnamedFloat, str: _UnnamedStr}
+    return kinds[type(value)](value)
+
+
+def plain(value: Any) -> Any:
+    """The value without the mark."""
+    if not isinstance(value, Unnamed):
+        return value
+    return next(kind(value) for kind in (int, float, str) if isinstance(value, kind))
+
+
+def refuses_unknown(cls: _Class) -> _Class:
+    """Let a dataclass say which field is nearest to a keyword that it does not have."""
+    kind: Any = cls
+    init, known = kind.__init__, kind.__dataclass_fields__
+
+    @functools.wraps(init)
+    def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs.keys() - known.keys():
+            what = f"{name}: expected a field of {cls.__name__}; there is none of this name. "
+            close = difflib.get_close_matches(name, known, 1, 0.75)
+            if not close and any(word in name.lower() for word in _COMPLEMENTS):
+                raise DareConfigError(
+                    f"{what}Rates are the share that is kept: give vision_retention and "
+                    f"text_retention, each 1 - {name}"
+                )
+            close = close or difflib.get_close_matches(name, known, 1, 0.0)
+            raise DareConfigError(f"{what}The nearest is {close[0]}")
+        init(self, *args, **kwargs)
+
+    kind.__init__ = checked_init
+    return cls
 
 
 def refuse(name: str, expected: str, value: object) -> DareConfigError:
@@ -45,6 +107,17 @@ def choice(literal: Any) -> Callable[[str, Any], str]:
 
     def check(name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in choices:
+            raise refuse(name, expected, value)
+        return value
+
+    return check
+
+
+def text(expected: str) -> Callable[[str, Any], str]:
+    """A check for a string that is not empty."""
+
+    def check(name: str, value: Any) -> str:
+        if not isinstance(value, str) or not value:
             raise refuse(name, expected, value)
         return value
 

@@ -1,5 +1,6 @@
 """DareConfig: what a user asks of routing, checked when it is said."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -8,7 +9,19 @@ from typing import Any, Literal, get_args
 
 from peft.config import PeftConfig
 
-from dare_hf.config.checks import choice, flag, integer, number, optional, refuse
+from dare_hf.config.checks import (
+    Unnamed,
+    choice,
+    flag,
+    integer,
+    number,
+    optional,
+    plain,
+    refuse,
+    refuses_unknown,
+    text,
+    unnamed,
+)
 from dare_hf.config.model_card import write_card
 from dare_hf.errors import DareConfigError
 
@@ -30,17 +43,23 @@ Decode = Literal["full", "routed"]
 ScoreScaling = Literal["straight_through", "multiply"]
 Selector = Literal["soft_topk", "gumbel"]
 
+# What these fields are where nobody names them: under the schedule "safe", and under any other.
+_SAFE: dict[str, Any] = {
+    # the mean over the layers of thirds of 1, 1/2 and 1/4
+    "vision_retention": 7 / 12,
+    "text_retention": 1.0,
+    "plan_every": 4,
+    "uniform_share": 0.25,
+}
+_OTHERWISE: dict[str, Any] = {
+    "vision_retention": 0.4,
+    "text_retention": 0.7,
+    "plan_every": 1,
+    "uniform_share": 0.0,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
-    "safe": {
-        "schedule": "safe",
-        # What the safe schedule keeps, as a mean over the layers: thirds of 1, 1/2 and 1/4.
-        "vision_retention": 7 / 12,
-        "text_retention": 1.0,
-        "plan_every": 4,
-        "uniform_share": 0.25,
-        "hop_decay": 1.0,
-        "scorer": "attention",
-    },
+    "safe": {"schedule": "safe", "scorer": "attention", "hop_decay": 1.0, **_SAFE},
     "paper": {
         "schedule": "two_stage",
         "vision_retention": 0.4,
@@ -51,6 +70,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+@refuses_unknown
 @dataclass
 class DareConfig(PeftConfig):
     """Settings of DARE routing, as a PEFT configuration (``adapter_config.json``).
@@ -59,18 +79,25 @@ class DareConfig(PeftConfig):
     fields of `peft.PeftConfig` (task_type, base_model_name_or_path, inference_mode, ...) work as
     they do there.
 
+    Five fields have a default that depends on others: left unnamed they are resolved when the
+    object is made, and anew when `dataclasses.replace` names another schedule or scorer. What is
+    read from a file is literal.
+
     Attributes:
         vision_retention: target share of vision tokens a layer works on, mean over layers, in
-            (0, 1]. Read by the schedules "two_stage" and "constant", and as the training target.
-        text_retention: the same for text tokens.
-        schedule: how the target spreads over layers: "two_stage" (full rate up to cut_layer, a
-            quarter of it behind, for vision; even for text), "constant" (the target everywhere),
-            "safe" (text 1; vision 1, 1/2, 1/4 by thirds of the depth), "learned" (an adapter's
-            table), or one (vision, text) pair in (0, 1] for each layer.
-        plan_every: layers that share one selection, >= 1.
+            (0, 1]; by default 7/12 under "safe", else 0.4. A list and a trained table do not read
+            it; a fresh table starts from it and is trained towards it.
+        text_retention: the same for text tokens; by default 1.0 under "safe", else 0.7.
+        schedule: how the target spreads over layers: "safe" (vision 1 : 1/2 : 1/4 by thirds of the
+            depth; text even), "two_stage" (one rate up to cut_layer, a quarter of it behind, for
+            vision; even for text), "constant" (the target everywhere), "learned" (an adapter's
+            table), or one (vision, text) pair in (0, 1] for each layer. By default "safe", and
+            "two_stage" where the scorer is "router".
+        plan_every: layers that share one selection, >= 1; by default 4 under "safe", else 1.
         batch_budget: "row" gives each row of a batch its own token count; "equal" gives every row
             the batch's largest (no masks, but a row's result then depends on its batch).
-        uniform_share: share of each image's budget that an even grid over it takes first, [0, 1].
+        uniform_share: share of each image's budget that an even grid over it takes first, [0, 1];
+            by default 0.25 under "safe", else 0.
         cut_layer: last layer of two_stage's first stage: "auto" (half the depth), a layer index
             >= 0 or a fraction of the depth in (0, 1).
         prefix_tokens: first tokens of every hop that are always kept, >= 0.
@@ -113,15 +140,16 @@ class DareConfig(PeftConfig):
         peft_type: "DARE_ROUTER".
 
     Raises:
-        DareConfigError: a value of the wrong type or out of its range, also NaN.
+        DareConfigError: a value of the wrong type or out of its range, also NaN; or a keyword
+            that is no field.
     """
 
-    vision_retention: float = 0.4
-    text_retention: float = 0.7
-    schedule: Schedule | tuple[tuple[float, float], ...] = "two_stage"
-    plan_every: int = 1
+    vision_retention: float = unnamed(_SAFE["vision_retention"])
+    text_retention: float = unnamed(_SAFE["text_retention"])
+    schedule: Schedule | tuple[tuple[float, float], ...] = unnamed("safe")  # noqa: RUF009 - immutable
+    plan_every: int = unnamed(_SAFE["plan_every"])
     batch_budget: BatchBudget = "row"
-    uniform_share: float = 0.0
+    uniform_share: float = unnamed(_SAFE["uniform_share"])
     cut_layer: int | float | Literal["auto"] = "auto"
     prefix_tokens: int = 2
     pruned: Pruned = "bypass"
@@ -160,8 +188,37 @@ class DareConfig(PeftConfig):
             super().__post_init__()
         except ValueError as error:
             raise DareConfigError(str(error)) from error
+        self._check()
+        if isinstance(self.schedule, Unnamed):
+            self.schedule = unnamed("two_stage" if self.scorer == "router" else "safe")
+        for name, value in (_SAFE if self.schedule == "safe" else _OTHERWISE).items():
+            if isinstance(getattr(self, name), Unnamed):
+                setattr(self, name, unnamed(value))
+
+    def _check(self) -> None:
         for name, check in _CHECKS.items():
-            setattr(self, name, check(name, getattr(self, name)))
+            given = getattr(self, name)
+            checked = check(name, given)
+            if not isinstance(given, Unnamed):
+                setattr(self, name, checked)
+
+    def checked(self, **facts: Any) -> "DareConfig":
+        """A copy that is checked again, since fields can be set after the object was made.
+
+        Args:
+            facts: fields of the copy that are other than here.
+
+        Raises:
+            DareConfigError: a value of the wrong type or out of its range.
+        """
+        twin = copy.deepcopy(self)
+        vars(twin).update(facts)
+        twin._check()
+        return twin
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values; made from them, a configuration is literal."""
+        return {name: plain(value) for name, value in super().to_dict().items()}
 
     @property
     def resolved_hop_score(self) -> HopScore:
@@ -244,18 +301,6 @@ def _peft_type(name: str, value: Any) -> str:
     return PEFT_TYPE
 
 
-def _model_type(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise refuse(name, "the model_type of a transformers config", value)
-    return value
-
-
-def _scorer(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise refuse(name, "the name of a scorer", value)
-    return value
-
-
 def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, list | tuple | range):
         raise refuse(name, "a tuple of token ids >= 0", value)
@@ -315,7 +360,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "cut_layer": _cut_layer,
     "prefix_tokens": integer("an integer >= 0", 0),
     "pruned": choice(Pruned),
-    "scorer": _scorer,
+    "scorer": text("the name of a scorer"),
     "hop_delimiters": _delimiters,
     "hop_aware": flag,
     "max_hops": _count,
@@ -341,6 +386,6 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "seed": integer("an integer"),
     "num_layers": optional(_count),
     "hidden_size": optional(_count),
-    "model_type": optional(_model_type),
+    "model_type": optional(text("the model_type of a transformers config")),
     "peft_type": _peft_type,
 }

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dare_hf.errors import AdapterMismatchError
-from dare_hf.routers.holder import NAME, active_routers, holder_of
+from dare_hf.errors import AdapterMismatchError, DareStateError
+from dare_hf.routers.holder import NAME, OFFLOADED, active_routers, holder_of
 from dare_hf.routing.retention import learned_table
 
 if TYPE_CHECKING:
@@ -131,7 +131,10 @@ def _logits(router: Router) -> Tensor:
     logits: Tensor = router.rate_logits
     hook = getattr(router, "_hf_hook", None)
     if logits.device.type == "meta" and getattr(hook, "weights_map", None) is not None:
-        return hook.weights_map["rate_logits"]
+        try:
+            return hook.weights_map["rate_logits"]
+        except KeyError as error:
+            raise DareStateError(OFFLOADED) from error
     return logits
 
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-import inspect
-import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from peft import PeftModel
+from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 
-from dare_hf.architectures.locate import attention_of, numbers_queries
+from dare_hf.architectures.locate import attention_of
 from dare_hf.architectures.tensor_parallel import head_mean, shared_heads
 from dare_hf.cache.refused import check_attention_cache, refuse_continuous_batching
 from dare_hf.compat import warn_untested
-from dare_hf.engine.attention_functions import observed_name
+from dare_hf.engine.attention_functions import watch
 from dare_hf.engine.controller import Controller
 from dare_hf.engine.generate import routed_generate
-from dare_hf.engine.masks import is_flash
-from dare_hf.engine.routed_layer import LayerState, parameter_names, routed_forward
+from dare_hf.engine.methods import current, named, passed, positional
+from dare_hf.engine.routed_layer import LayerState, routed_forward
+from dare_hf.engine.settings import exempt_layers
 from dare_hf.errors import DareStateError
 from dare_hf.report.flops import shapes_of
 from dare_hf.routers.holder import device_of
@@ -28,8 +25,6 @@ from dare_hf.routers.router import Router
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-
-    from torch import nn
 
     from dare_hf.architectures.locate import Anatomy
     from dare_hf.engine.settings import Settings
@@ -44,7 +39,7 @@ class ModelState:
 
     Attributes:
         controller: The controller all routed layers share.
-        generate: The model's own generate, a bound method.
+        generate: The model's own generate.
         undo: What was changed.
         owner: Who put DARE on, and has to take it off.
     """
@@ -57,8 +52,8 @@ class ModelState:
 
 def unwrap(model: Any) -> Any:
     """The transformers model inside peft's wrappers."""
-    while isinstance(model, (PeftModel, BaseTuner)):
-        model = model.base_model if isinstance(model, PeftModel) else model.model
+    while isinstance(model, (PeftModel, PeftMixedModel, BaseTuner)):
+        model = model.model if isinstance(model, BaseTuner) else model.base_model
     inner = getattr(model, "get_base_model", None)
     return inner() if callable(inner) else model
 
@@ -100,7 +95,7 @@ def new_controller(settings: Settings, anatomy: Anatomy) -> Controller:
     warn_untested()
     implementation = anatomy.text_config._attn_implementation
     check_attention_cache(implementation)
-    exempt = _exempt_layers(anatomy, implementation)
+    exempt = exempt_layers(anatomy)
     controller = Controller(settings, anatomy, implementation, exempt)
     controller.notes += _notes(anatomy, exempt)
     return controller
@@ -123,56 +118,33 @@ def new_router(settings: Settings, anatomy: Anatomy, index: int) -> Router:
 def attach(target: Any, controller: Controller, undo: UndoRecord, owner: Owner) -> ModelState:
     """Set what routing needs on the model's instances, recorded in `undo`."""
     anatomy = controller.anatomy
-    state = ModelState(controller, target.generate, undo, owner)
+    state = ModelState(controller, current(target, "generate"), undo, owner)
     for module in anatomy.hooked:
         undo.set(module, "_dare", state)
-        undo.hook(module.register_forward_pre_hook(_open_forward, with_kwargs=True))
-        undo.hook(module.register_forward_hook(_close_forward, prepend=True, always_call=True))
-    undo.set(target, "generate", types.MethodType(routed_generate, target))
-    refusal = types.MethodType(refuse_continuous_batching, target)
-    undo.set(target, "init_continuous_batching", refusal)
+        undo.set(module, "_dare_forward", current(module, "forward"))
+        undo.put(module, "forward", watched_forward)
+    undo.put(target, "generate", routed_generate)
+    undo.put(target, "init_continuous_batching", refuse_continuous_batching)
     for index, layer in enumerate(anatomy.layers):
         layer_state = LayerState(
             controller=controller,
             index=index,
-            inner=layer.forward,
-            names=parameter_names(type(layer).forward),
+            inner=current(layer, "forward"),
+            names=tuple(positional(type(layer)))[1:],
             causal=bool(getattr(attention_of(layer), "is_causal", True)),
             mean=head_mean(shared_heads(attention_of(layer), target)),
         )
         undo.set(layer, "_dare", layer_state)
         undo.set(attention_of(layer), "_dare", layer_state)
-        undo.set(layer, "forward", types.MethodType(routed_forward, layer))
+        undo.put(layer, "forward", routed_forward)
     return state
 
 
-def watch_attention(target: Any, state: ModelState, settings: Settings) -> None:
+def watch_attention(state: ModelState, settings: Settings) -> None:
     """Let attention be read where these settings need it."""
-    if not settings.observes:
-        return
-    anatomy = state.controller.anatomy
-    name = observed_name(state.controller.base_implementation)
-    for layer in anatomy.unrouted:
-        # an indexer asks for the implementation by name (transformers 5.23, minimax_m3_vl)
-        if hasattr(attention := getattr(layer, "self_attn", None), "config"):
-            state.undo.set(attention, "config", copy.copy(attention.config))
-    for config in _attention_configs(target, anatomy):
-        if config._attn_implementation_internal != name:
-            state.undo.set(config, "_attn_implementation_internal", name)
-
-
-def _exempt_layers(anatomy: Anatomy, implementation: str) -> dict[int, int]:
-    """Layers that keep everything, and from how many logical tokens on.
-
-    Sliding layers under flash attention, whose window counts stored tokens; and those that number
-    their queries themselves (llama4 without RoPE), from where that makes a difference.
-    """
-    attentions = [attention_of(layer) for layer in anatomy.layers]
-    found = {i: least for i, a in enumerate(attentions) if (least := numbers_queries(a))}
-    if is_flash(implementation):
-        windows = (getattr(attention, "sliding_window", None) for attention in attentions)
-        found |= {i: 0 for i, window in enumerate(windows) if window is not None}
-    return found
+    if settings.observes:
+        for layer in state.controller.anatomy.layers:
+            watch(attention_of(layer), state.controller.base_implementation, state.undo)
 
 
 def _notes(anatomy: Anatomy, exempt: Mapping[int, int]) -> list[str]:
@@ -203,25 +175,16 @@ def _notes(anatomy: Anatomy, exempt: Mapping[int, int]) -> list[str]:
     return notes
 
 
-def _attention_configs(target: Any, anatomy: Anatomy) -> list[Any]:
-    """The config objects attention and masks of the text model are resolved from."""
-    found = [anatomy.text_config, target.config.get_text_config()]
-    found += [module.config.get_text_config() for module in anatomy.hooked]
-    found += [attention_of(layer).config for layer in anatomy.layers]
-    return list({id(config): config for config in found}.values())
-
-
-@functools.cache
-def _forward_names(kind: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
-
-
-def _open_forward(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    given = dict(zip(_forward_names(type(module)), args, strict=False)) | kwargs
-    return (), module._dare.controller.before_forward(module, given)
-
-
-def _close_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    module._dare.controller.after_forward(module, failed=output is None)
+def watched_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward DARE puts on a model, called as `model(...)` or as `model.forward(...)`."""
+    if "_dare" not in vars(module):  # a wrapper made since has outlived DARE
+        return type(module).forward(module, *args, **kwargs)
+    controller, failed = vars(module)["_dare"].controller, True
+    given = controller.before_forward(module, named(type(module), args, kwargs))
+    args, kwargs = passed(type(module), len(args), given)
+    try:
+        output = vars(module)["_dare_forward"](*args, **kwargs)
+        failed = False
+    finally:
+        controller.after_forward(module, failed=failed)
+    return output

@@ -23,23 +23,51 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from dare_hf.engine.undo import UndoRecord
     from dare_hf.routing.scores import HeadMean
 
 PREFIX = "dare_"
 
 
-class _BaseView:
-    """An attention module as its flash function must see it: with the original's name.
+class View:
+    """An object that shows another attention implementation than its own, and in all else is it.
 
-    transformers 5.23 looks the flash kernels up by `module.config._attn_implementation`.
+    A config may be shared by models, so that of one model's attention a view is set: nothing is
+    written on the config. And transformers 5.23 looks the flash kernels up by
+    `module.config._attn_implementation`, which the original function must find by its own name.
     """
 
-    def __init__(self, module: Any, implementation: str) -> None:
-        self._module, self._attn_implementation = module, implementation
+    def __init__(self, inner: Any, implementation: str) -> None:
+        vars(self).update(_inner=inner, _attn_implementation=implementation)
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._module, name)
-        return _BaseView(value, self._attn_implementation) if name == "config" else value
+        if name == "_inner":  # of a copy that is being made
+            raise AttributeError(name)
+        value = getattr(self._inner, name)
+        return View(value, self._attn_implementation) if name == "config" else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._inner, name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _watched, (self._inner, self._attn_implementation.removeprefix(PREFIX))
+
+
+def watch(attention: nn.Module, implementation: str, undo: UndoRecord) -> None:
+    """Let an attention module call the observing twin of its implementation.
+
+    Args:
+        attention: The module; it resolves its function by the name in its config.
+        implementation: The name of the original.
+        undo: Where it is recorded.
+    """
+    config: Any = attention.config
+    if not isinstance(config, View):
+        undo.set(attention, "config", _watched(config, implementation))
+
+
+def _watched(config: Any, implementation: str) -> View:
+    return View(config, observed_name(implementation))
 
 
 def observed_name(implementation: str) -> str:
@@ -53,7 +81,7 @@ def observed_name(implementation: str) -> str:
     return name
 
 
-def check_attention(config: Any, implementation: str, watched: bool) -> None:
+def check_attention(config: Any, implementation: str) -> None:
     """Refuse a text model whose attention is another than when DARE was put on.
 
     Masks are gathered in the form of that one, and scores are read by its watching twin.
@@ -61,13 +89,11 @@ def check_attention(config: Any, implementation: str, watched: bool) -> None:
     Args:
         config: The text config.
         implementation: The name it had.
-        watched: Whether attention has to be read.
 
     Raises:
         DareStateError: It is another now.
     """
-    now = config._attn_implementation_internal
-    if now != PREFIX + implementation and (watched or now != implementation):
+    if (now := config._attn_implementation) != implementation:
         raise DareStateError(
             f"expected the attention implementation the model had when DARE was put on, "
             f"{implementation!r}; it is {now!r} now (set_attn_implementation?). Call "
@@ -87,7 +113,7 @@ def _observing(implementation: str) -> Any:
     ) -> tuple[Tensor, Tensor | None]:
         function = _original(module, implementation)
         state = module.__dict__.get("_dare")
-        caller = _BaseView(module, implementation) if "flash" in implementation else module
+        caller = View(module, implementation) if "flash" in implementation else module
         if state is None:
             return function(caller, query, key, value, attention_mask, *args, **kwargs)
         tensors = (query, key, value)

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from dare_hf.architectures.locate import attention_of
 from dare_hf.architectures.tensor_parallel import kv_shares, share_note
@@ -17,8 +16,8 @@ from dare_hf.cache.refused import check_caches
 from dare_hf.compat import CACHE, checkpoints, named_cache
 from dare_hf.engine.attention_functions import check_attention
 from dare_hf.engine.plan import Planner
-from dare_hf.engine.recorder import Recorder
-from dare_hf.engine.thread_state import OpenForward, ThreadState
+from dare_hf.engine.recorder import NewestRun, Recorder
+from dare_hf.engine.thread_state import OpenForward, Repeats, ThreadState
 from dare_hf.errors import DareStateError
 from dare_hf.forward.hop_closing import close_context
 from dare_hf.forward.inputs import open_context
@@ -31,14 +30,11 @@ from dare_hf.simulation import SimulationRecord, open_simulation
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from torch import Tensor
-
     from dare_hf.architectures.locate import Anatomy
     from dare_hf.engine.active_adapter import ActiveAdapter
     from dare_hf.engine.settings import Settings
     from dare_hf.forward.facts import ForwardContext
     from dare_hf.forward.generation_call import GenerationCall
-    from dare_hf.report import DareReport
     from dare_hf.report.flops import LayerShape
     from dare_hf.routers.router import Router
 
@@ -51,12 +47,14 @@ class Controller:
     """What DARE knows about one model; reached from each routed layer.
 
     Attributes:
+        settings: What the configuration means on this model.
         config: The configuration.
         table: Rates by hop, layer and modality.
         scorer: Who scores tokens.
         rules: What the configuration says about single tokens.
         anatomy: Where the model's layers are.
         base_implementation: The attention implementation the model had.
+        newest: The newest run that has finished, in whatever thread.
     """
 
     def __init__(
@@ -68,22 +66,23 @@ class Controller:
     ) -> None:
         self.anatomy, self.base_implementation, self.exempt = anatomy, base_implementation, exempt
         self.adapter: ActiveAdapter | None = None
-        self.configure(settings)
         self._shares = kv_shares(anatomy)
         self.notes = share_note(self._shares)
-        self.tau = self.config.tau_start
+        self.configure(settings)
         self.token_kwargs = dict(anatomy.spec.token_kwargs)
         found = [getattr(attention_of(m), "expand_kv", None) for m in anatomy.layers]
         self._expanders = found if any(found) else None
         self._local = ThreadState()
-        self._recompute: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.newest = NewestRun()
+        self._recompute = Repeats()
 
     def configure(self, settings: Settings) -> None:
         """Route by these settings from the next forward on."""
         config, table = settings.config, settings.table
-        self.config, self.table = config, table
+        if vars(self).get("config") is not config:
+            self._tau = config.tau_start
+        self.settings, self.config, self.table = settings, config, table
         self.scorer, self.rules = settings.scorer, settings.rules
-        self._observes = settings.observes
         self.planner = Planner(config, table)
         rates = [rate for row in (*table.vision, *table.text) for rate in row]
         self.never_prunes = min(rates) >= 1.0 and config.max_kv_tokens is None
@@ -96,15 +95,16 @@ class Controller:
         if changed is not None:
             self.configure(changed)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Controller:
-        import copy
+    @property
+    def tau(self) -> float:
+        """Temperature of the active adapter's training; of another adapter it starts anew."""
+        self.follow_adapter()
+        return self._tau
 
-        twin = object.__new__(Controller)
-        memo[id(self)] = twin
-        for name, value in vars(self).items():
-            fresh = WeakTensorKeyDictionary() if name == "_recompute" else None
-            setattr(twin, name, fresh if fresh is not None else copy.deepcopy(value, memo))
-        return twin
+    @tau.setter
+    def tau(self, value: float) -> None:
+        self.follow_adapter()
+        self._tau = value
 
     @property
     def shapes(self) -> list[LayerShape]:
@@ -180,15 +180,11 @@ class Controller:
         """The open forward, or the closed one that gradient checkpointing repeats a layer of."""
         if self._local.contexts:
             return self._local.contexts[-1].context
-        if self.disabled or not torch.is_grad_enabled() or not len(self._recompute):
-            return None
-        marker = _marker(kwargs)
-        return self._recompute.get(marker) if marker is not None else None
+        return None if self.disabled else self._recompute.find(kwargs)
 
     def remember_context(self, kwargs: Mapping[str, Any], context: ForwardContext) -> None:
         """Note which forward these layer arguments belong to, for a later recomputation."""
-        if torch.is_grad_enabled() and (marker := _marker(kwargs)) is not None:
-            self._recompute[marker] = context
+        self._recompute.remember(kwargs, context)
 
     # forwards
 
@@ -197,15 +193,19 @@ class Controller:
 
         Raises:
             DareInputError: A foreign cache, or modality that cannot be told.
-            DareStateError: The attention implementation was changed since DARE was put on.
+            DareStateError: The attention implementation was changed since DARE was put on, or the
+            forward is recorded as a graph.
         """
         self._drop_stale(module)
         kwargs = named_cache(kwargs)
+        if self.disabled:
+            self.newest.note_uncounted()
         if self.disabled or self._local.contexts:
             return _without_own(kwargs)
+        _check_recorded()
         self.follow_adapter()
         check_caches(kwargs)
-        check_attention(self.anatomy.text_config, self.base_implementation, self._observes)
+        check_attention(self.anatomy.text_config, self.base_implementation)
         call = self._local.calls[-1] if self._local.calls else None
         if call is None and self._open_simulation(module, kwargs):
             self._keep_span(kwargs)
@@ -293,6 +293,7 @@ class Controller:
             self._local.record = context.simulation.record
         context.release()
         if context.simulation is not None:
+            self.newest.note_uncounted()
             return
         if failed:
             if cache is not None:
@@ -311,6 +312,7 @@ class Controller:
         context.cache = None
         if not self._local.calls:
             recorder.builder.seconds(time.perf_counter() - entry.started)
+            self.newest.finish(recorder)
 
     def _cache_for(self, kwargs: dict[str, Any]) -> DareCache | None:
         """The DareCache of a forward; one is made where HF would make its own."""
@@ -361,26 +363,17 @@ class Controller:
         """A generate call begins in this thread."""
         self._local.calls.append(call)
 
-    def leave_generate(self, elapsed: float) -> None:
+    def leave_generate(self) -> None:
         """It ends; the report is frozen."""
         self.drop_contexts(0)
-        call = self._local.calls.pop()
+        self.finish(self._local.calls.pop())
+
+    def finish(self, call: GenerationCall) -> None:
+        """Freeze the report of a generate and make it the newest one."""
         if call.recorder is not None:
-            call.recorder.builder.seconds(elapsed)
+            call.recorder.builder.set_seconds(time.perf_counter() - call.started)
             call.recorder.freeze()
-
-    def last_report(self) -> DareReport:
-        """The report of this thread's last generate or forward.
-
-        Raises:
-            DareStateError: Nothing has run yet.
-        """
-        if self._local.last is None:
-            raise DareStateError(
-                "expected a model that has run generate or a forward since apply_dare; nothing "
-                "has run yet in this thread. Call model.generate(...) first"
-            )
-        return self._local.last.report()
+            self.newest.finish(call.recorder)
 
 
 def _without_own(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -388,9 +381,12 @@ def _without_own(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name not in _OWN}
 
 
-def _marker(kwargs: Mapping[str, Any]) -> Tensor | None:
-    """A tensor that HF passes to all layers of one forward and that checkpointing keeps."""
-    embeddings = kwargs.get("position_embeddings")
-    if isinstance(embeddings, (tuple, list)):
-        return embeddings[0]
-    return embeddings if embeddings is not None else kwargs.get("position_ids")
+@torch.compiler.assume_constant_result  # so that a strict export lets the error through
+def _check_recorded() -> None:
+    """Refuse an export: which tokens run is chosen anew for each input, not once for all."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        raise DareStateError(
+            "torch.export, torch.jit.trace: expected a model without DARE, whose graph is the same "
+            "for each input; got one that chooses which tokens run. Export it inside `with "
+            "dare_disabled(model)`, or call remove_dare(model) first"
+        )

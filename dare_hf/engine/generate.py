@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from dare_hf.cache import DareCache
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-logger = logging.get_logger("dare_hf")
+    from dare_hf.engine.controller import Controller
+
+logger = logging.get_logger("transformers.dare_hf")
 
 
 @dataclass
@@ -80,6 +82,7 @@ def routed_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     controller, inner = state.controller, state.generate
     loop = _take_loop(kwargs)
     if controller.disabled:
+        controller.newest.note_uncounted()
         if loop is not None:
             raise DareStateError(
                 "hop_loop: expected DARE switched on, which counts the hops; got a generate inside "
@@ -100,22 +103,52 @@ def routed_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     ids = given.get("input_ids", given.get("inputs"))
     check_new_images(model, call.start, ids, controller.rules.vision_ids)
     call.continues = _continues(model, given, config)
+    if kwargs.get("streamer") is not None:
+        kwargs["streamer"] = _CountedStreamer(kwargs["streamer"], controller, call)
     if loop is not None:
         args, kwargs = (), loop.prepare(model, call, args, kwargs)
     controller.enter_generate(call)
-    started = time.perf_counter()
     try:
         return inner(*args, **kwargs)
     finally:
-        controller.leave_generate(time.perf_counter() - started)
+        controller.leave_generate()
+
+
+class _CountedStreamer(BaseStreamer):
+    """The caller's streamer; whoever reads it to its end in another thread finds the report.
+
+    Generate ends a streamer before it returns.
+
+    Args:
+        inner: The caller's.
+        controller: The model's controller.
+        call: The generate that writes to it.
+    """
+
+    def __init__(self, inner: Any, controller: Controller, call: GenerationCall) -> None:
+        self._inner, self._controller, self._call = inner, controller, call
+
+    def put(self, value: Tensor) -> None:
+        """Pass new ids on."""
+        self._inner.put(value)
+
+    def end(self) -> None:
+        """Close the report, then pass the end on."""
+        self._controller.finish(self._call)
+        self._inner.end()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
 
 def _with_cache(model: Any, kwargs: dict[str, Any], config: Any) -> dict[str, Any]:
     """The keyword arguments with a DareCache in them, where a cache is used at all."""
     check_cache(kwargs.get(CACHE))
-    asked = kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)
-    check_implementation(asked)
+    check_implementation(kwargs.get("cache_implementation"))
     own = getattr(model.generation_config, "cache_implementation", None)
+    given = getattr(config, "cache_implementation", None)
+    if given != own:  # the checkpoint's own may come in a copy of its config
+        check_implementation(given)
     if own is not None:
         logger.info("cache_implementation=%r of the checkpoint is replaced by DareCache", own)
         kwargs["cache_implementation"] = None

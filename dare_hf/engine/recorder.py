@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from transformers.utils import logging
+
+from dare_hf.errors import DareStateError
 from dare_hf.hops.compaction import stored_counts
 from dare_hf.report.builder import ReportBuilder
 from dare_hf.report.flops import (
@@ -20,10 +23,28 @@ from dare_hf.scoring.observe import WINDOW
 if TYPE_CHECKING:
     from dare_hf.cache import DareCache
     from dare_hf.engine.controller import Controller
+    from dare_hf.engine.settings import Settings
     from dare_hf.forward.facts import ForwardContext
-    from dare_hf.hops.compaction import Compaction
+    from dare_hf.hops.compaction import Compaction, HeldCounts
     from dare_hf.report import DareReport
     from dare_hf.report.report import Phase
+
+logger = logging.get_logger("transformers.dare_hf")
+_EXCESS = (
+    "tokens that are always kept (first and last ones, special ones, the end of the text) go "
+    "beyond a layer's budget, or batch_budget is 'equal'"
+)
+
+_WITHOUT = ", except without a report (inside dare_disabled, or a training forward)"
+
+
+def _asked(settings: Settings) -> dict[int, tuple[str, float, float]]:
+    """By modality the name of its rate, what was named, and the mean of the table."""
+    if not settings.spreads:
+        return {}
+    names = {VISION: "vision_retention", TEXT: "text_retention"}
+    config, mean = settings.config, settings.table.mean
+    return {kind: (name, getattr(config, name), mean(kind)) for kind, name in names.items()}
 
 
 class Recorder:
@@ -49,12 +70,14 @@ class Recorder:
         self.cache = cache
         self._real: list[int] = []
         self._held: list[list[list[int]]] = []
+        self._ran: set[int] = set()
         self._totals: list[list[int]] = []
         self._begun: list[int] = []
         self._kept: list[list[int]] = []
         self._frozen = False
-        for note in controller.notes:
+        for note in (*controller.notes, *controller.settings.notes):
             self.builder.note(note)
+        self._asked = _asked(controller.settings)
 
     @property
     def cache(self) -> DareCache | None:
@@ -72,23 +95,25 @@ class Recorder:
         self._begun = compaction.hops
         self._totals = [list(t) for t in compaction.totals]
         if compaction.held:
-            self._held = compaction.held
+            self._held = self._padded(compaction.held)
 
     def note_forward(self, context: ForwardContext) -> None:
         """Count one forward, after its layers ran."""
-        layers = range(len(self.shapes))
-        plans = [context.plans[i] for i in layers]
-        running = {id(plan): plan.running(context) for plan in plans}
-        queries = [running[id(plan)] for plan in plans]
-        before = [context.cached_before.get(i) or [0] * context.batch for i in layers]
+        layers, plans = range(len(self.shapes)), context.plans
+        self._ran = set(plans)
+        running = {id(plan): plan.running(context) for plan in plans.values()}
+        nothing = [0] * context.batch
+        queries = [running[id(plans[i])] if i in plans else nothing for i in layers]
+        before = [context.cached_before.get(i) or nothing for i in layers]
         own = [
             [c + q for c, q in zip(b, run, strict=True)]
             for b, run in zip(before, queries, strict=True)
         ]
         keys = [own[source] for source in self.sources]
-        tails = {i: queries[i] for i in layers if plans[i].cut}
+        # what did not run (transformers leaves after config.num_hidden_layers) is no loss of DARE's
+        tails = {i: queries[i] for i in layers if i not in plans or plans[i].cut}
         if context.cache is not None:
-            self._kept = [context.cache.layer(i).kept_host for i in layers]
+            self._kept = _kept(context.cache, len(self.shapes))
         real = context.real_counts
         if len(self._real) != context.batch or context.past == 0:
             carried = [0] * context.batch
@@ -132,25 +157,46 @@ class Recorder:
         uncounted = len(self._held) != len(self.shapes) or len(self._totals) != batch
         if uncounted and cache is not None:
             # a carried cache that nobody has counted in this run; its own span is in it already
-            self._held, self._totals = stored_counts(cache, context.span_hop)
+            held, self._totals = stored_counts(cache, context.span_hop)
+            self._held = self._padded(held)
         elif context.span is not None:
             for row, counts in enumerate(context.counts):
                 for m in (TEXT, VISION):
                     self._totals[row][m] += counts[m]
-                    for layer, source in enumerate(self.sources):
-                        self._held[layer][row][m] += context.plans[source].kept[row][m]
+                    for layer in context.plans:
+                        plan = context.plans[self.sources[layer]]
+                        self._held[layer][row][m] += plan.kept[row][m]
         if context.span_ends is not None and not any(context.span_hop):
             self._record([0] * batch)
+            self._note_excess()
         if any(self._begun):
             self._record(self._begun)
             self._begun = []
+
+    def _padded(self, held: HeldCounts) -> HeldCounts:
+        """With the layers that no forward has come to."""
+        more = len(self.shapes) - len(held)
+        return held + [[[0, 0] for _ in self._totals] for _ in range(more)]
+
+    def _note_excess(self) -> None:
+        """Say where the prompt's layers kept more than was named, by over one token a row."""
+        for kind, (name, asked, mean) in self._asked.items():
+            totals = [row[kind] for row in self._totals if row[kind]]
+            ran = [self._held[self.sources[layer]] for layer in self._ran]
+            kept = sum(row[kind] for held in ran for row in held) / len(ran)
+            if kept > mean * sum(totals) + len(totals):
+                what = f"{name}: asked for a mean of {asked:.4g} over the layers"
+                got = f"{kept / sum(totals):.4g} of the prompt ran"
+                self.builder.note(f"{what}; {got}, since {_EXCESS}")
+                logger.warning_once(f"{what}; more runs where {_EXCESS}: see the report's notes")
 
     def _record(self, hops: list[int]) -> None:
         first = not any(hops)
         for row, hop in enumerate(hops):
             if not (hop or first):
                 continue
-            for layer, source in enumerate(self.sources):
+            for layer in self._ran:
+                source = self.sources[layer]
                 for m in (TEXT, VISION):
                     held, total = self._held[source][row][m], self._totals[row][m]
                     self.builder.retention(hop, layer, m, held, total)
@@ -159,8 +205,8 @@ class Recorder:
         """Read the cache; where it is gone, what the host knew of it stands."""
         cache = cache or self.cache
         if cache is not None and self._real:
-            kept = [cache.layer(i).kept_host for i in range(len(self.shapes))]
-            self.builder.kv(cache.kv_bytes(), kept, self._real)
+            self._kept = _kept(cache, len(self.shapes))
+            self.builder.kv(cache.kv_bytes(), self._kept, self._real)
             self.builder.set_tokens(cache.log.counts_by_hop())
             self._frozen = True
         elif self._kept and not self._frozen:
@@ -171,3 +217,44 @@ class Recorder:
         """The report as it stands."""
         self.freeze(cache)
         return self.builder.snapshot()
+
+
+def _kept(cache: DareCache, layers: int) -> list[list[int]]:
+    """[layers][rows] real tokens stored; [] for a layer that no forward has come to."""
+    kept = [slot.kept_host for slot in cache.stored]
+    return kept + [[] for _ in range(layers - len(kept))]
+
+
+class NewestRun:
+    """The newest run of a model that has finished; a copy of the model starts without one."""
+
+    def __init__(self) -> None:
+        self._recorder: Recorder | None = None
+        self._uncounted = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NewestRun, ()
+
+    def finish(self, recorder: Recorder) -> None:
+        """A run has finished."""
+        self._recorder, self._uncounted = recorder, False
+
+    def note_uncounted(self) -> None:
+        """The model runs without being counted."""
+        self._uncounted = True
+
+    def report(self) -> DareReport:
+        """Its report; a note says where the model ran again uncounted.
+
+        Raises:
+            DareStateError: There is none.
+        """
+        if self._recorder is None:
+            raise DareStateError(
+                "expected a model that has run generate or a forward since apply_dare; nothing "
+                f"has run yet{_WITHOUT if self._uncounted else ''}. Call model.generate(...) first"
+            )
+        report = self._recorder.report()
+        if self._uncounted:
+            report.notes.append(f"not the newest run: nothing has run after it{_WITHOUT}")
+        return report

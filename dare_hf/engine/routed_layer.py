@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +37,7 @@ class LayerState:
     Attributes:
         controller: The model's controller.
         index: The layer's index in the model.
-        inner: The forward that was there before, a bound method.
+        inner: The forward that was there before.
         names: Its parameter names after hidden_states, for arguments passed by position.
         causal: What a None mask means in this layer.
         mean: Over all heads of this layer, where this process holds some.
@@ -83,16 +82,11 @@ class LayerState:
         return context if context is not None and context.capture_layer == self.index else None
 
 
-def parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of a layer forward's positional parameters after hidden_states."""
-    parameters = list(inspect.signature(forward).parameters.values())
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(p.name for p in parameters if p.kind in kinds and p.name != "self")[1:]
-
-
 def routed_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The forward DARE puts on a decoder layer; without an open context it is HF's own."""
-    state: LayerState = vars(layer)["_dare"]
+    state: LayerState | None = vars(layer).get("_dare")
+    if state is None:  # a wrapper made since has outlived DARE
+        return type(layer).forward(layer, hidden_states, *args, **kwargs)
     context = state.controller.find_context(kwargs)
     if context is None:
         return state.inner(hidden_states, *args, **kwargs)

@@ -7,19 +7,29 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
+from dare_hf.architectures.locate import attention_of, numbers_queries
+from dare_hf.engine.masks import is_flash
 from dare_hf.errors import DareConfigError, UnsupportedModelError
 from dare_hf.forward.delimiters import resolve_delimiters
 from dare_hf.forward.modality import audio_token_ids, check_ids, special_token_ids, vision_token_ids
 from dare_hf.forward.token_rules import TokenRules
 from dare_hf.routing.kinds import TEXT, VISION
-from dare_hf.routing.retention import RetentionTable, build_table, learned_table
+from dare_hf.routing.retention import (
+    NAMED,
+    RetentionTable,
+    build_table,
+    learned_table,
+)
 from dare_hf.scoring.base import Scorer, make_scorer
 
 if TYPE_CHECKING:
     from dare_hf.architectures.locate import Anatomy
     from dare_hf.config import DareConfig
 
-logger = logging.get_logger("dare_hf")
+logger = logging.get_logger("transformers.dare_hf")
+
+# A mean this far above what was named is not what was named.
+_MEAN_SLACK = 1e-4
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,7 @@ class Settings:
         scorer: Who scores tokens.
         rules: What the configuration says about single tokens.
         sources: For each layer the one whose keys it reads, and that it follows.
+        notes: Named rates that no table of this model can have, for reports.
     """
 
     config: DareConfig
@@ -39,6 +50,7 @@ class Settings:
     scorer: Scorer
     rules: TokenRules
     sources: tuple[int, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def observes(self) -> bool:
@@ -46,6 +58,11 @@ class Settings:
         observed = self.config.resolved_hop_score == "observed"
         trains = self.config.scorer == "router" or self.config.learns_rates  # gradients of gates
         return observed or trains or self.scorer.needs_attention or self.rules.closes_hops
+
+    @property
+    def spreads(self) -> bool:
+        """Whether the named rates are spread over the layers; lists and adapters are literal."""
+        return self.config.schedule in NAMED
 
     def layer_rates(self, layer: int) -> list[list[float]]:
         """[hops][text, vision] rates of one layer."""
@@ -76,6 +93,7 @@ def resolve(model: Any, config: DareConfig, anatomy: Anatomy, processor: Any = N
         DareConfigError: The configuration does not fit this model.
         UnsupportedModelError: The model cannot generate.
     """
+    config = config.checked()
     if not hasattr(model, "generate"):
         raise UnsupportedModelError(
             "expected a model with generate (…ForConditionalGeneration, …ForCausalLM); got "
@@ -105,17 +123,50 @@ def resolve(model: Any, config: DareConfig, anatomy: Anatomy, processor: Any = N
         window=config.decode_window,
         type_ids=spec.type_ids,
     )
-    return Settings(config, table, scorer, rules, anatomy.sources)
+    return Settings(config, table, scorer, rules, anatomy.sources, _missed(config, table))
+
+
+def exempt_layers(anatomy: Anatomy) -> dict[int, int]:
+    """Layers that keep everything, and from how many logical tokens on.
+
+    Sliding layers under flash attention, whose window counts stored tokens; and those that number
+    their queries themselves (llama4 without RoPE), from where that makes a difference.
+    """
+    attentions = [attention_of(layer) for layer in anatomy.layers]
+    found = {i: least for i, a in enumerate(attentions) if (least := numbers_queries(a))}
+    if is_flash(anatomy.text_config._attn_implementation):
+        windows = (getattr(attention, "sliding_window", None) for attention in attentions)
+        found |= {i: 0 for i, window in enumerate(windows) if window is not None}
+    return found
+
+
+def _missed(config: DareConfig, table: RetentionTable) -> tuple[str, ...]:
+    """What to say of named rates whose mean layers that keep everything put out of reach."""
+    if config.schedule not in NAMED:
+        return ()
+    notes = []
+    for kind, name in ((VISION, "vision_retention"), (TEXT, "text_retention")):
+        asked, got = getattr(config, name), table.mean(kind)
+        if got > asked + _MEAN_SLACK:
+            whole = [i for i, is_free in enumerate(table.free_layers) if not is_free]
+            notes.append(
+                f"{name}: asked for a mean of {asked:.4g} over the layers; the nearest is "
+                f"{got:.4g}, since layers {whole} keep everything under {config.schedule!r}"
+            )
+    for note in notes:
+        logger.warning_once(note)
+    return tuple(notes)
 
 
 def _table(config: DareConfig, anatomy: Anatomy, scorer: Scorer) -> RetentionTable:
-    """The rates of a schedule; of "learned" those it starts from: the two_stage table.
+    """The rates of a schedule; of "learned" those it starts from.
 
     A schedule is laid over the layers that own keys; the others follow their source. A list has
     a pair for every layer, of which those of followers are not read.
     """
     layers, owners = len(anatomy.layers), len(set(anatomy.sources))
-    schedule = "two_stage" if config.learns_rates else config.schedule
+    learns = config.learns_rates
+    schedule = "two_stage" if learns else config.schedule
     if not isinstance(schedule, str) and len(schedule) == layers:
         schedule = schedule[:owners]
     elif not isinstance(schedule, str):
@@ -127,11 +178,14 @@ def _table(config: DareConfig, anatomy: Anatomy, scorer: Scorer) -> RetentionTab
         text_retention=config.text_retention,
         cut_layer=config.cut_layer,
         plan_every=config.plan_every,
+        shares_rates=learns,
         max_hops=config.max_hops if config.hop_aware else 1,
         hop_decay=config.hop_decay if config.hop_aware else 1.0,
-        scorer_needs_history=scorer.needs_attention and not config.learns_rates,
+        scorer_needs_history=scorer.needs_attention and not learns,
+        whole=() if learns else [i for i, least in exempt_layers(anatomy).items() if not least],
+        runs=[anatomy.sources.count(layer) for layer in range(owners)],
     )
-    if config.learns_rates:
+    if learns:
         hops = zip(table.text, table.vision, strict=True)
         pairs = [list(zip(*rows, strict=True)) for rows in hops]
         table = learned_table(pairs, plan_every=config.plan_every)
@@ -165,7 +219,7 @@ def check_adapter(config: DareConfig, *, present: bool) -> None:
 
 
 def _warn_text(config: DareConfig) -> None:
-    logger.warning(
+    logger.warning_once(
         "text_retention=%s with the untrained scorer %r: pruning text without training changes "
         "answers. Set text_retention=1.0, or train a router",
         config.text_retention,

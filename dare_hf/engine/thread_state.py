@@ -5,8 +5,13 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from torch import Tensor
 
     from dare_hf.engine.recorder import Recorder
     from dare_hf.forward.facts import ForwardContext
@@ -35,5 +40,38 @@ class ThreadState(threading.local):
         self.lesson: dict[str, Any] = {}
         self.record: SimulationRecord | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ThreadState:
-        return ThreadState()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ThreadState, ()
+
+
+class Repeats:
+    """The forwards whose layers gradient checkpointing may repeat; a copy of the model has none."""
+
+    def __init__(self) -> None:
+        self._contexts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Repeats, ()
+
+    def __len__(self) -> int:
+        return len(self._contexts)
+
+    def remember(self, kwargs: Mapping[str, Any], context: ForwardContext) -> None:
+        """Note which forward these arguments of a layer belong to."""
+        if torch.is_grad_enabled() and (marker := _marker(kwargs)) is not None:
+            self._contexts[marker] = context
+
+    def find(self, kwargs: Mapping[str, Any]) -> ForwardContext | None:
+        """The forward these arguments of a layer belonged to."""
+        if not torch.is_grad_enabled() or not len(self._contexts):
+            return None
+        marker = _marker(kwargs)
+        return self._contexts.get(marker) if marker is not None else None
+
+
+def _marker(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """A tensor that HF passes to all layers of one forward and that checkpointing keeps."""
+    embeddings = kwargs.get("position_embeddings")
+    if isinstance(embeddings, (tuple, list)):
+        return embeddings[0]
+    return embeddings if embeddings is not None else kwargs.get("position_ids")

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dare_hf.engine.methods import Bound
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
@@ -37,6 +41,10 @@ class UndoRecord:
         object.__setattr__(owner, name, value)
         self.changes.append((owner, name, before, value))
 
+    def put(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+        """Put a function, called with the instance first, in the place of a method."""
+        self.set(owner, name, Bound(owner, name, function))
+
     def hook(self, handle: RemovableHandle) -> None:
         """Remember a hook."""
         self.handles.append(handle)
@@ -61,8 +69,8 @@ class UndoRecord:
     def undo(self) -> None:
         """Put everything back; `thaw` is a step of its own, since other adapters may need it not.
 
-        A forward that somebody (an accelerate hook) has wrapped since is taken out of the middle:
-        their wrapper stays and calls what was there before.
+        A forward that somebody has wrapped since stays wrapped. Out of an accelerate hook ours is
+        taken; any other wrapper goes on calling it, and it calls the class's.
         """
         for handle in reversed(self.handles):
             handle.remove()
@@ -71,9 +79,10 @@ class UndoRecord:
         for owner, name, before, value in reversed(self.changes):
             current = vars(owner).get(name, _Missing)
             wrapped = vars(owner).get("_old_forward") if name == "forward" else None
-            if name == "forward" and current is not value and wrapped is not None:
-                original = getattr(type(owner), name).__get__(owner)
-                vars(owner)["_old_forward"] = original if before is _Missing else before
+            if name == "forward" and current is not value:
+                if wrapped is value:
+                    original = getattr(type(owner), name).__get__(owner)
+                    vars(owner)["_old_forward"] = original if before is _Missing else before
             elif before is _Missing:
                 vars(owner).pop(name, None)
             else:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ class GenerationCall:
         modality_mask: The caller's explicit mask over the prompt, or None.
         continues: Whether the caller can go on with the cache afterwards.
         recorder: Who counts this call; made by its first forward.
+        started: When it began, by time.perf_counter.
         injecting: Whether the running forward brings injected columns: a span, whatever follows.
     """
 
@@ -29,4 +31,5 @@ class GenerationCall:
     modality_mask: Tensor | None = None
     continues: bool = False
     recorder: Recorder | None = None
+    started: float = field(default_factory=time.perf_counter)
     injecting: bool = False

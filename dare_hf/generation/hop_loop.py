@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dare_hf.generation.hop_types import Piece
     from dare_hf.generation.vq_decoder import VQPatchDecoder
 
-logger = logging.get_logger("dare_hf")
+logger = logging.get_logger("transformers.dare_hf")
 
 
 class HopLoop:

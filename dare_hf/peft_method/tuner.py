@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import types
+import functools
 import warnings
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
 from dare_hf.architectures.locate import locate
-from dare_hf.compat import adapter_methods
+from dare_hf.compat import adapter_methods, call_adapter_method
 from dare_hf.config import DareConfig
 from dare_hf.engine.active_adapter import ActiveAdapter
 from dare_hf.engine.attach import (
@@ -107,8 +106,9 @@ class DareTuner(BaseTuner):
         check_made_for(config, made_for(anatomy))
         check_adapter(config, present=True)
         # a copy: what it is made for is this adapter's, not the caller's next one's
-        config = replace(config, **made_for(anatomy))
+        config = config.checked(**made_for(anatomy))
         settings = resolve(model, config, anatomy)
+        config = settings.config
         state = vars(model).get("_dare")
         if state is None or state.owner != "peft":
             check_free(model)
@@ -136,7 +136,7 @@ class DareTuner(BaseTuner):
         # adding an adapter leaves the others as trainable as they were, as peft does
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
-        watch_attention(unwrap(self.model), state, settings)
+        watch_attention(state, settings)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; with the last one routing is taken off the model.
@@ -210,10 +210,10 @@ def _install(model: Any, settings: Settings, anatomy: Anatomy) -> ModelState:
         for layer in anatomy.layers:
             undo.child(layer, NAME, RouterLayer(layer))
         controller.adapter = ActiveAdapter(anatomy.layers)
-        for name, method in adapter_methods().items():
-            undo.set(model, name, types.MethodType(method, model))
+        for name in adapter_methods():
+            undo.put(model, name, functools.partial(call_adapter_method, name))
         if hasattr(model, "delete_adapter"):
-            undo.set(model, "delete_adapter", types.MethodType(_delete_adapter, model))
+            undo.put(model, "delete_adapter", _delete_adapter)
     except BaseException:
         undo.undo()
         undo.thaw()

@@ -112,13 +112,15 @@ class ReportBuilder:
 
         Args:
             measured: Bytes of real tokens, from the cache's tensors.
-            kept: [layers][rows] real tokens each layer should hold by host counts.
+            kept: [layers][rows] real tokens each layer should hold by host counts; [] for one that
+                no forward has come to.
             lengths: [rows] real tokens of each sequence, pruned ones counted.
         """
         shapes, itemsize, report = self.shapes, self.itemsize, self._report
         report.kv_bytes = int(measured)
         report.kv_bytes_predicted = kv_bytes(shapes, kept, itemsize)
-        report.kv_bytes_baseline = unpruned_kv_bytes(shapes, lengths, itemsize)
+        ran = [shape for shape, rows in zip(shapes, kept, strict=True) if rows]
+        report.kv_bytes_baseline = unpruned_kv_bytes(ran, lengths, itemsize)
 
     def skipped(self, layer: int, count: int) -> None:
         """Adds sampled tokens that skipped a layer."""
@@ -129,6 +131,10 @@ class ReportBuilder:
     def seconds(self, elapsed: float) -> None:
         """Adds wall-clock time."""
         self._report.seconds += elapsed
+
+    def set_seconds(self, elapsed: float) -> None:
+        """Sets the wall-clock time of a run that is measured as a whole."""
+        self._report.seconds = elapsed
 
     def note(self, text: str) -> None:
         """Adds a note once."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -15,13 +16,21 @@ if TYPE_CHECKING:
 # The child's name on a decoder layer; every parameter key holds peft's prefix "dare_" through it.
 NAME = "dare_router"
 
+OFFLOADED = (
+    "expected the routers' weights where offload hooks of accelerate look for them, in the model's "
+    "state_dict; an adapter that apply_dare has read is not part of it. Put the offload hooks on "
+    "before apply_dare(model, folder), or load the adapter with model.load_adapter(folder)"
+)
+
+"""Why routers that an offload has taken away cannot run."""
+
 
 class RouterHolder(nn.ModuleDict):
     """The routers of one decoder layer by adapter name.
 
     A child beside HF's own modules, so that `.to()`, device maps, `state_dict` and FSDP see it.
-    This one holds the single adapter that `apply_dare(model, folder)` has read. Attributes have
-    names of two words: torch takes no child module, so no adapter, by the name of an attribute.
+    Attributes have names of two words: torch takes no child module, so no adapter, by the name of
+    an attribute.
     """
 
     @property
@@ -39,6 +48,25 @@ class RouterHolder(nn.ModuleDict):
         """The active adapter's router."""
         name = self.active_name
         return None if name is None else cast("Router", self[name])
+
+
+class AppliedRouters(RouterHolder):
+    """The single adapter that `apply_dare(model, folder)` has read.
+
+    It is no part of the model's checkpoint: `state_dict` leaves it out, and loading one into the
+    model does not ask for it.
+    """
+
+    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
+        """Add nothing to what the model saves."""
+        return OrderedDict() if destination is None else destination
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for name, tensor in super().state_dict().items():
+            state_dict.setdefault(prefix + name, tensor)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def holder_of(layer: nn.Module) -> RouterHolder | None:

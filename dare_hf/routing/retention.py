@@ -1,7 +1,8 @@
 """Retention: which share of each modality every layer keeps at every hop."""
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from dare_hf.errors import DareConfigError
@@ -11,11 +12,16 @@ from dare_hf.routing.kinds import TEXT, VISION
 MIN_RATE = 1e-6
 # Takes the float error of rate * count off before the ceiling (0.07 * 100 is 7.000000000000001).
 CEIL_SLACK = 1e-4
-# How much less a layer behind the cut keeps than one before it, under two_stage.
+SPREAD_SLACK = 1e-9
+# What a layer behind the cut keeps of what one before it does, under two_stage.
 LATE_SHARE = 0.25
+# What the thirds of the depth keep of what the first does, under safe.
+THIRDS = (1.0, 0.5, 0.25)
 # The attention scorer looks at the layer before, and that layer must have run its own attention
 # on every token once: these first layers have no score.
 UNSCORED_LAYERS = 2
+# The schedules that spread a target over the layers.
+NAMED = ("safe", "two_stage", "constant")
 
 Row = tuple[float, ...]
 
@@ -108,26 +114,35 @@ def build_table(
     text_retention: float,
     cut_layer: int | float | str = "auto",
     plan_every: int = 1,
+    shares_rates: bool = False,
     max_hops: int = 1,
     hop_decay: float = 1.0,
     scorer_needs_history: bool = False,
+    whole: Collection[int] = (),
+    runs: Sequence[int] | None = None,
 ) -> RetentionTable:
     """The rates of every hop and layer: the schedule's, vision times ``decay^max(hop - 1, 0)``.
 
-    Text never decays, nor does a layer that keeps everything by rule.
+    Law: the mean over the layers is the target, or as near to it as rates in (0, 1] come beside
+    layers that keep everything ("constant" leaves the others at the target). Text never decays,
+    nor does a layer that keeps everything by rule.
 
     Args:
         num_layers: decoder layers L.
         schedule: "two_stage", "safe", "constant", or L pairs (vision, text).
-        vision_retention: target share of vision tokens in (0, 1]; "safe" and a list do not read it.
-        text_retention: target share of text tokens in (0, 1]; "safe" and a list do not read it.
+        vision_retention: target share of vision tokens in (0, 1]; a list does not read it.
+        text_retention: target share of text tokens in (0, 1]; a list does not read it.
         cut_layer: last layer of the first stage of "two_stage"; see `resolve_cut_layer`.
         plan_every: a layer selects when its index is a multiple, or when its rates differ from the
             layer's before; the others reuse the last selection.
+        shares_rates: of vision, layers take the weight of the last multiple of `plan_every` in
+            the schedule's shape, as a learned table makes them run at that layer's rates.
         max_hops: rows of the table.
         hop_decay: factor in (0, 1] per hop after hop 1, on vision only.
         scorer_needs_history: the scorer has no score in layers 0 and 1, so that "two_stage" and
             "safe" keep everything there.
+        whole: layers that keep everything whatever the schedule; a list does not read it.
+        runs: for each layer how many of the model's layers run at its rates; None: one each.
 
     Raises:
         DareConfigError: a list of another length than L, a cut layer outside the model, a schedule
@@ -135,19 +150,19 @@ def build_table(
 
     Source: docs/method.md, section 3.
     """
-    keeps_start = scorer_needs_history and schedule in ("two_stage", "safe")
-    free = tuple(not (keeps_start and layer < UNSCORED_LAYERS) for layer in range(num_layers))
-    if schedule == "two_stage":
-        cut = resolve_cut_layer(cut_layer, num_layers)
-        vision = _two_stage_row(vision_retention, free, cut)
-        text = _two_stage_row(text_retention, free, num_layers - 1)
-    elif schedule == "safe":
-        vision, text = _safe_row(free), (1.0,) * num_layers
-    elif schedule == "constant":
-        vision, text = (
-            (float(vision_retention),) * num_layers,
-            (float(text_retention),) * num_layers,
-        )
+    free = [True] * num_layers
+    if isinstance(schedule, str) and schedule in NAMED:
+        start = UNSCORED_LAYERS if scorer_needs_history and schedule != "constant" else 0
+        free = [layer >= start and layer not in whole for layer in range(num_layers)]
+        runs = [1] * num_layers if runs is None else runs
+        weights = stage_weights(num_layers, schedule, cut_layer)
+        if shares_rates:
+            weights = [weights[layer - layer % plan_every] for layer in range(num_layers)]
+        # "constant" is the target in every layer that can have it, whatever the others keep
+        beside = [True] * num_layers if schedule == "constant" else free
+        even = [1.0] * num_layers
+        vision = _kept_whole(spread(vision_retention, weights, beside, runs), free)
+        text = _kept_whole(spread(text_retention, even, beside, runs), free)
     else:
         vision, text = _listed_rows(schedule, num_layers)
     factors = [hop_decay ** max(hop - 1, 0) for hop in range(max_hops)]
@@ -156,7 +171,7 @@ def build_table(
         vision=visions,
         text=(text,) * max_hops,
         plan_layers=_plan_layers((*visions, text), plan_every),
-        free_layers=free,
+        free_layers=tuple(free),
     )
 
 
@@ -183,29 +198,55 @@ def learned_table(
     return RetentionTable(visions, texts, plans, free_layers=(True,) * len(plans))
 
 
-def _two_stage_row(target: float, free: Sequence[bool], cut: int) -> Row:
-    """Rates a (free layers up to `cut`) and b = a/4 (behind it) with mean `target` over ALL layers.
+def stage_weights(num_layers: int, schedule: str, cut_layer: int | float | str) -> list[float]:
+    """What each layer keeps of vision relative to the first layer, by the schedule's shape.
 
-    A first stage that would need more than everything keeps everything and the second stage takes
-    the rest, so that the mean stays `target` (1.0 keeps all tokens in all layers).
+    Raises:
+        DareConfigError: the cut layer does not exist.
+
+    Source: docs/method.md, section 3.
     """
-    early = sum(is_free and layer <= cut for layer, is_free in enumerate(free))
-    late = sum(free) - early
-    wanted = target * len(free) - (len(free) - early - late)
-    first = wanted / max(early + LATE_SHARE * late, 1e-9)
-    second = LATE_SHARE * first
-    if early and late and first > 1:
-        first, second = 1.0, (wanted - early) / late
+    if schedule == "constant":
+        return [1.0] * num_layers
+    if schedule == "two_stage":
+        cut = resolve_cut_layer(cut_layer, num_layers)
+        return [1.0 if layer <= cut else LATE_SHARE for layer in range(num_layers)]
+    ends = [math.ceil(third * num_layers / 3) for third in (1, 2, 3)]
+    return [THIRDS[bisect_right(ends, layer)] for layer in range(num_layers)]
+
+
+def spread(
+    target: float, weights: Sequence[float], free: Sequence[bool], runs: Sequence[int]
+) -> Row:
+    """Rates in proportion to `weights` with mean `target` over all layers.
+
+    Layers that are not free keep everything, and so does one whose share would exceed that; the
+    others take what is left. Where nothing is left they keep one token.
+
+    Args:
+        target: mean rate, in (0, 1].
+        weights: [layers] > 0.
+        free: [layers] False where a layer keeps everything.
+        runs: [layers] how many layers of the model run at its rates.
+
+    Source: docs/method.md, section 3.
+    """
+    full = {layer for layer, is_free in enumerate(free) if not is_free}
+    while True:
+        rest = [layer for layer in range(len(weights)) if layer not in full]
+        mass = max(sum(runs[layer] * weights[layer] for layer in rest), 1e-9)
+        scale = target * (sum(runs) / mass) - sum(runs[layer] for layer in full) / mass
+        # the slack takes float noise off: 7/12 of thirds is exactly 1, 1/2 and 1/4
+        over = {layer for layer in rest if scale * weights[layer] > 1 - SPREAD_SLACK}
+        if not over:
+            break
+        full |= over
     return tuple(
-        _clamp(first if layer <= cut else second) if is_free else 1.0
-        for layer, is_free in enumerate(free)
+        1.0 if layer in full else _clamp(scale * weight) for layer, weight in enumerate(weights)
     )
 
 
-def _safe_row(free: Sequence[bool]) -> Row:
-    layers = len(free)
-    third, two_thirds = math.ceil(layers / 3), math.ceil(2 * layers / 3)
-    row = [1.0] * third + [0.5] * (two_thirds - third) + [0.25] * (layers - two_thirds)
+def _kept_whole(row: Row, free: Sequence[bool]) -> Row:
     return tuple(rate if is_free else 1.0 for rate, is_free in zip(row, free, strict=True))
 
 

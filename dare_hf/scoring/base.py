@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -88,10 +88,14 @@ def make_scorer(config: DareConfig, key_path: tuple[str | None, str]) -> Scorer:
         return KeyNormScorer(key_path)
     if name == "position":
         return PositionScorer()
-    if name in _REGISTERED:
-        return FunctionScorer(name, _REGISTERED[name])
     if name == "router":
         return RouterScorer()
+    return _registered(name)
+
+
+def _registered(name: str) -> FunctionScorer:
+    if name in _REGISTERED:
+        return FunctionScorer(name, _REGISTERED[name])
     known = ", ".join((*BUILT_IN, *sorted(_REGISTERED)))
     raise DareConfigError(f"scorer: expected one of {known}; got {name!r}")
 
@@ -104,6 +108,9 @@ class FunctionScorer:
     fn: ScoreFunction
     untrained: bool = False
     needs_attention: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _registered, (self.name,)  # another process has registered it too
 
     def scores(
         self, context: ForwardContext, layer: nn.Module, index: int, hidden: Tensor

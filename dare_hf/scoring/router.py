@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dare_hf.errors import DareStateError
-from dare_hf.routers.holder import holder_of
+from dare_hf.routers.holder import OFFLOADED, holder_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,7 +29,7 @@ class RouterScorer:
         """Float32[B, S] in (0, 1), 0 for pads.
 
         Raises:
-            DareStateError: The layer has no router.
+            DareStateError: The layer has no router, or its weights were taken off and not kept.
         """
         holder = holder_of(layer)
         router = None if holder is None else holder.active_router
@@ -38,5 +38,10 @@ class RouterScorer:
                 f"expected a router on layer {index}; its child module was taken off or replaced. "
                 "Unload the adapter and load it again"
             )
-        with torch.no_grad():
-            return router(hidden, context.modality.to(hidden.device)).float()
+        try:
+            with torch.no_grad():
+                return router(hidden, context.modality.to(hidden.device)).float()
+        except KeyError as error:
+            if not router.weight.is_meta:
+                raise
+            raise DareStateError(OFFLOADED) from error

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import types
+import functools
 from typing import TYPE_CHECKING, Any
 
-from dare_hf.compat import adapter_methods
+from dare_hf.compat import adapter_methods, call_adapter_method
+from dare_hf.engine.methods import Bound
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -27,9 +28,9 @@ def add_adapter(model: Any, config: PeftConfig, adapter_name: str = "default") -
         DareError: As `get_peft_model` with a DareConfig.
         ValueError: The model has an adapter of that name.
     """
-    fresh = {n: m for n, m in adapter_methods().items() if n not in vars(model)}
-    for name, method in fresh.items():
-        setattr(model, name, types.MethodType(method, model))
+    fresh = [name for name in adapter_methods() if name not in vars(model)]
+    for name in fresh:
+        setattr(model, name, Bound(model, name, functools.partial(call_adapter_method, name)))
     try:
         model.add_adapter(config, adapter_name)
     except BaseException:
