@@ -13,6 +13,7 @@ import torch
 
 from dare_hf import DareConfig, apply_dare, compat, register_scorer, remove_dare
 from dare_hf.testing import TINY_MODELS, collate, tiny_model, tiny_rows
+from dare_hf.testing.inputs import TINY_TEXT_TOKENS
 
 prefills_in_chunks = pytest.mark.skipif(
     compat.VERSION < (5, 23),
@@ -70,6 +71,15 @@ def rows_of(model, images=(1,), **kwargs: Any) -> list[dict[str, Any]]:
 
 def inputs_of(model, images=(1,), **kwargs: Any) -> dict[str, Any]:
     return collate(model, tiny_rows(model, images=images, **kwargs))
+
+
+def level_inputs(model, images) -> dict[str, Any]:
+    """A batch without a pad whose rows have other numbers of images and so keep other numbers."""
+    lengths = [len(row["ids"]) for row in tiny_rows(model, images=images)]
+    text = [TINY_TEXT_TOKENS + max(lengths) - length for length in lengths]
+    inputs = inputs_of(model, images, text=text)
+    assert inputs["attention_mask"].all()
+    return inputs
 
 
 @contextmanager
@@ -141,6 +151,7 @@ __all__ = [
     "generate",
     "hashed_scores",
     "inputs_of",
+    "level_inputs",
     "rows_of",
     "shared_model",
 ]

@@ -212,6 +212,16 @@ class TestMemory:
         layer.update(*random_kv(2, 2))
         assert torch.equal(keys, original)
 
+    def test_what_was_made_under_inference_mode_goes_on_outside_of_it(self):
+        layer = DareLayer()
+        with torch.inference_mode():
+            layer.update(*random_kv(2, 5))
+            decode(layer, 2)
+        keys = layer.keys.clone()
+        assert layer._slabs.capacity > 7, "there is room to write in place"
+        decode(layer, 1)
+        assert torch.equal(layer.keys[:, :, :7], keys)
+
     def test_a_slice_of_a_larger_tensor_is_copied(self):
         layer = DareLayer()
         fused = torch.randn(2, 6, 300, 4)
@@ -372,12 +382,13 @@ class TestCrop:
 
     def test_log_and_hops_go_back(self):
         cache = DareCache()
-        cache.hop_counters = HopCounters(ends=[[3, 6], [3]], compacted=[2, 1])
+        cache.hop_counters = HopCounters([[3, 6], [3]], [2, 1], barriers=[[], []], cuts=[[], []])
         cache.log.append(torch.zeros(2, 8), torch.tensor([[0] * 4 + [1] * 4] * 2))
         cache.update(*random_kv(2, 8), 0)
         assert cache.hops.tolist() == [2, 1]
         cache.crop(-2)
         assert cache.hops.tolist() == [1, 1]
+        assert cache.hop_counters.compacted == [1, 1]
         assert len(cache.log) == 6
 
 
@@ -395,7 +406,7 @@ class TestRollback:
 
     def test_leaves_everything_as_before(self):
         cache = DareCache()
-        cache.hop_counters = HopCounters(ends=[[2], []], compacted=[0, 0])
+        cache.hop_counters = HopCounters([[2], []], [0, 0], barriers=[[], []], cuts=[[], []])
         self.forward(cache, layers=2)
         before = self.state(cache)
         cache.begin()
@@ -456,7 +467,7 @@ class TestCopies:
     def test_deepcopy_is_independent(self):
         cache = DareCache()
         cache.recorder = Counts([1, 2])
-        cache.hop_counters = HopCounters(ends=[[1]], compacted=[0])
+        cache.hop_counters = HopCounters([[1]], [0], barriers=[[]], cuts=[[]])
         cache.log.append(torch.zeros(1, 3), torch.zeros(1, 3))
         layer = cache.layer(0)
         layer.stage(torch.tensor([[0, 2]]), 3, [2], torch.rand(1, 2))
@@ -478,7 +489,7 @@ class TestCopies:
     def test_reset_forgets_all_but_the_report(self):
         cache = DareCache()
         cache.recorder = Counts([1])
-        cache.hop_counters = HopCounters(ends=[[1]], compacted=[0])
+        cache.hop_counters = HopCounters([[1]], [0], barriers=[[]], cuts=[[]])
         cache.log.append(torch.zeros(1, 3), torch.zeros(1, 3))
         cache.update(*random_kv(1, 3), 0)
         cache.reset()

@@ -145,11 +145,12 @@ def test_twelve_hops_stay_within_the_bound_at_every_token(name, run):
     assert report.kv_bytes < 0.75 * report.kv_bytes_baseline
 
 
-def test_text_without_delimiters_stays_bounded():
-    """With a cap, twelve hops later the cache is no larger than after the first."""
+@pytest.mark.parametrize("prefix", [1, 3])
+def test_text_without_delimiters_stays_bounded(prefix):
+    """With a cap, twelve hops later the cache is no larger than after the first: no prefix adds."""
     model, cache, kept = shared_model("gemma3"), DareCache(), []
     inputs = inputs_of(model, (2,))
-    with dare(model, **PRUNED, decode_window=4, max_kv_tokens=16, prefix_tokens=1):
+    with dare(model, **PRUNED, decode_window=4, max_kv_tokens=16, prefix_tokens=prefix):
         closing(
             model,
             inputs,

@@ -43,7 +43,13 @@ ROUTINGS = {
     "drop_per_hop": {"pruned": "drop", "hop_budget": "per_hop"},
     "shared_plans": {"schedule": "two_stage", "plan_every": 2, "pruned": "drop"},
     "cap": {"max_kv_tokens": 9},
+    "cap_forced": {"max_kv_tokens": 5, "decode_window": 2, "always_keep_token_ids": (20, 30, 40)},
     "cap_drop": {"max_kv_tokens": 9, "pruned": "drop"},
+    "whole_layers_drop": {
+        "schedule": ((0.5, 0.6), (1.0, 1.0), (0.4, 0.8), (1.0, 1.0)),
+        "pruned": "drop",
+        "hop_decay": 1.0,
+    },
     "window": {"decode_window": 4, "hop_budget": "per_hop"},
     "no_prefix": {"prefix_tokens": 0, "vision_retention": 0.2, "text_retention": 0.3},
     "always": {"always_keep_token_ids": (20, 30, 40, 50), "text_retention": 0.2},

@@ -222,6 +222,37 @@ def test_rows_in_different_hops_do_not_see_each_other(name, scores, pruned):
                 assert left[row, pads:].tolist() == right[0].tolist(), f"row {row}"
 
 
+CAPPED = {
+    "whole_text": {"text_retention": 1.0, "vision_retention": 0.5, "max_kv_tokens": 10},
+    "whole_layers": {"schedule": ((1.0, 1.0), (0.5, 1.0), (1.0, 0.5), (0.4, 1.0))},
+    "drop": {"schedule": ((0.6, 1.0), (1.0, 0.9), (0.5, 1.0), (0.5, 0.7)), "pruned": "drop"},
+    "shared_plans": {"schedule": "two_stage", "plan_every": 2, "text_retention": 1.0},
+}
+"""Layers that prune some rows of a batch and leave whole those that have no vision to lose."""
+
+
+@pytest.mark.parametrize("fields", CAPPED)
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_what_a_row_keeps_under_a_cap_is_its_own_affair(name, fields):
+    """Law 3 with observed scores: a neighbour that a layer prunes gives a row no other history."""
+    model = shared_model(name)
+    rows = rows_of(model, (0, 1, 2, 0), text=(30, 12, 9, 14))
+    config = {"scorer": "attention", "max_kv_tokens": 14, "hop_delimiters": (DELIMITER,)}
+    config |= CAPPED[fields]
+    steps = [*STEPS, [3, 8]]
+    with dare(model, **config):
+        together = collate(model, rows)
+        batch, width = closing(model, together, steps), together["input_ids"].shape[1]
+        for row, one in enumerate(rows):
+            alone = closing(model, collate(model, [one]), [steps[row]])
+            pads = width - len(one["ids"])
+            ours = held(cache_of(batch), width + LONG - 1)
+            theirs = held(cache_of(alone), width - pads + LONG - 1)
+            for layer, (left, right) in enumerate(zip(ours, theirs, strict=True)):
+                what = f"row {row}, layer {layer}"
+                assert left[row, pads:].tolist() == right[0].tolist(), what
+
+
 class EndRow(LogitsProcessor):
     """Makes one row end at a step."""
 

@@ -17,6 +17,7 @@ from laws import (
     generate,
     hashed_scores,
     inputs_of,
+    level_inputs,
     rows_of,
     shared_model,
 )
@@ -93,10 +94,9 @@ def oracle_model(name: str, attention: str, dtype: torch.dtype):
     return tiny_model(name, attn_implementation=attention, dtype=dtype)
 
 
-def hold_to_oracle(name, attention, dtype, images, fields, tolerance):
+def hold_to_oracle(name, attention, dtype, inputs, fields, tolerance):
     """Compare one prompt's logits and kept counts, then every step of a generate after it."""
     model, plain = shared_model(name, attention, dtype), oracle_model(name, attention, dtype)
-    inputs = inputs_of(model, images)
     routing, span = routing_of(fields), inputs["input_ids"].shape[1]
     with dare(model, **fields):
         logits = forward(model, inputs).logits
@@ -122,17 +122,30 @@ def hold_to_oracle(name, attention, dtype, images, fields, tolerance):
 @pytest.mark.parametrize("rows", BATCHES)
 @pytest.mark.parametrize(("name", "routing"), list(cases("sdpa")))
 def test_compact_is_the_oracle_in_double_precision(name, routing, rows):
-    hold_to_oracle(
-        name, "sdpa", torch.float64, BATCHES[rows], ROUTINGS[routing], tolerance=FP64_TOLERANCE
-    )
+    inputs = inputs_of(shared_model(name, "sdpa", torch.float64), BATCHES[rows])
+    hold_to_oracle(name, "sdpa", torch.float64, inputs, ROUTINGS[routing], tolerance=FP64_TOLERANCE)
+
+
+UNEVEN = {"schedule": ((0.5, 0.9), (1.0, 1.0), (0.3, 0.9), (1.0, 1.0))}
+"""Rows keep other numbers in two layers, and everything in those between."""
+
+
+@pytest.mark.parametrize("pruned", ["bypass", "drop"])
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_rows_without_a_pad_that_keep_other_numbers_are_the_oracle(name, pruned):
+    """HF passes no mask here, so that what a row lacks shows in DARE's own mask alone."""
+    inputs = level_inputs(shared_model(name, "sdpa", torch.float64), (1, 0, 2))
+    fields = {**UNEVEN, "pruned": pruned}
+    hold_to_oracle(name, "sdpa", torch.float64, inputs, fields, tolerance=FP64_TOLERANCE)
 
 
 @pytest.mark.parametrize("rows", BATCHES)
 @pytest.mark.parametrize(("name", "routing"), list(cases("eager")))
 def test_compact_is_the_oracle_under_eager(name, routing, rows):
     # Eager in float64 gives NaN in the pad rows of unpatched HF models.
+    inputs = inputs_of(shared_model(name, "eager"), BATCHES[rows])
     hold_to_oracle(
-        name, "eager", torch.float32, BATCHES[rows], ROUTINGS[routing], tolerance=FP32_TOLERANCE
+        name, "eager", torch.float32, inputs, ROUTINGS[routing], tolerance=FP32_TOLERANCE
     )
 
 

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dare_hf.routing import PAD, TEXT, VISION, reference
 from dare_hf.routing.even_grid import even_grid
 from dare_hf.routing.selection import (
+    capped_keep,
     compaction_keep,
     equalise,
     forced_tokens,
@@ -24,7 +25,6 @@ from dare_hf.routing.selection import (
     keep_mask,
     last_text_run,
     last_valid,
-    prefix_mask,
 )
 
 MAX_BATCH, MAX_TOKENS, MAX_BUDGET = 3, 18, 20
@@ -214,6 +214,21 @@ def test_compaction_equals_the_reference(case: Case, hops: int, data: st.DataObj
         assert not (kept & (hop == hops)).any(), "a hop without a budget is not a closed one"
 
 
+@given(cases(), st.integers(1, MAX_TOKENS), st.data())
+def test_a_cap_equals_the_reference_and_binds_forced_tokens(
+    case: Case, cap: int, data: st.DataObject
+) -> None:
+    batch, tokens = case.scores.shape
+    tiers = [booleans(data.draw, batch, tokens) for _ in range(data.draw(st.integers(0, 3)))]
+    kept = capped_keep(case.scores, case.candidates, tiers, cap)
+    assert torch.equal(kept, reference.capped_keep(case.scores, case.candidates, tiers, cap))
+    assert torch.equal(kept.sum(1), case.candidates.sum(1).clamp(max=cap))
+    for row in range(batch):
+        alone = [tier[row : row + 1] for tier in tiers]
+        one = case.row(row)
+        assert torch.equal(capped_keep(one.scores, one.candidates, alone, cap)[0], kept[row])
+
+
 @given(st.data())
 def test_gather_index(data: st.DataObject) -> None:
     batch, tokens = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 12))
@@ -277,23 +292,20 @@ def test_forced_tokens_equal_the_reference(
 ) -> None:
     span, hop = span_and_hop
     batch, tokens = span.shape
-    options = {"prefix_tokens": prefix, "already": None, "always": None}
+    options: dict = {"prefix_tokens": prefix}
     if data.draw(st.booleans()):
         options["already"] = torch.tensor(data.draw(st.tuples(*[st.integers(0, 4)] * batch)))
     if data.draw(st.booleans()):
         options["always"] = booleans(data.draw, batch, tokens)
-    assert torch.equal(
-        forced_tokens(span, hop, **options), reference.forced_tokens(span, hop, **options)
-    )
+    assert torch.equal(forced_tokens(span, **options), reference.forced_tokens(span, **options))
+    found = hop_prefix_mask(span, hop, prefix)
+    assert torch.equal(found, reference.hop_prefix_mask(span, hop, prefix))
 
 
 def test_prefix_of_every_hop() -> None:
     valid = torch.tensor([[0, 1, 1, 1, 0, 1, 1, 1, 1]]).bool()
     hop = torch.tensor([[7, 0, 0, 0, 0, 1, 1, 1, 3]])
     assert hop_prefix_mask(valid, hop, 2).int().tolist() == [[0, 1, 1, 0, 0, 1, 1, 0, 1]]
-    already = torch.tensor([1])
-    assert hop_prefix_mask(valid, hop, 2, already).int().tolist() == [[0, 1, 0, 0, 0, 1, 1, 0, 1]]
-    assert prefix_mask(valid, 2).int().tolist() == [[0, 1, 1, 0, 0, 0, 0, 0, 0]]
 
 
 def test_last_valid() -> None:
@@ -412,12 +424,14 @@ def test_nothing_here_waits_for_the_device() -> None:
         budgets, hop = torch.ones(2, 2).long(), torch.zeros(2, 30).long()
         grid = even_grid(modality, every, every, budgets[:, 1], 0.25)
         forced = forced_tokens(
-            every, hop, prefix_tokens=2, already=budgets[:, 0], always=isin_ids(hop, (1, 2))
+            every, prefix_tokens=2, already=budgets[:, 0], always=isin_ids(hop, (1, 2))
         )
-        forced = forced | last_text_run(modality) | image_borders(modality) | prefix_mask(every, 3)
+        forced = forced | last_text_run(modality) | image_borders(modality)
+        forced = forced | hop_prefix_mask(every, hop, 3)
         keep = keep_mask(scores, modality, every, forced, budgets, (5, 5), grid)
         index, live = gather_index(keep, 12)
         both = budgets[:, None].expand(2, 2, 2)
         kept = compaction_keep(scores, modality, hop, every, forced, both, [(1, 2), (2, 1)])
+        kept = capped_keep(scores, kept, [forced, every], 7)
     assert index.shape == live.shape == (2, 12)
     assert kept.shape == (2, 30)

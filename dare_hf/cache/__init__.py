@@ -55,14 +55,14 @@ class HopTracker(Protocol):
     def repeat(self, repeats: int) -> None:
         """Repeat every row in place."""
 
-    def crop(self, length: int) -> None:
-        """Forget the tokens at logical positions >= `length`."""
-
-    def crop_tail(self, count: int) -> None:
-        """Forget the last `count` sampled tokens."""
+    def crop(self, length: int, seen: int) -> None:
+        """Forget the tokens at logical positions from `length` to `seen`."""
 
     def reset(self) -> None:
         """Back to an empty sequence."""
+
+    def snapshot(self) -> HopTracker:
+        """A copy that later changes of the counters do not reach."""
 
 
 class _Saved(NamedTuple):
@@ -231,7 +231,8 @@ class DareCache(Cache):
         """
         if tokens_to_remove > 0:
             DareLayer().crop(tokens_to_remove)
-        length = max(self.get_seq_length() + tokens_to_remove, 0)
+        seen = self.get_seq_length()
+        length = max(seen + tokens_to_remove, 0)
         for layer in self._others.values():
             layer.crop(tokens_to_remove)
         counts = {i: layer.crop_counts(tokens_to_remove) for i, layer in enumerate(self.stored)}
@@ -243,8 +244,7 @@ class DareCache(Cache):
             return
         self.log.crop(length)
         if self.hop_counters is not None:
-            self.hop_counters.crop(length)
-            self.hop_counters.crop_tail(-tokens_to_remove)
+            self.hop_counters.crop(length, seen)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows `beam_idx`, as beam search does."""
@@ -292,7 +292,7 @@ class DareCache(Cache):
         for layer in self.stored:
             layer.begin()
         others = {i: snapshot(layer) for i, layer in self._others.items()}
-        counters = copy.deepcopy(self.hop_counters)
+        counters = None if self.hop_counters is None else self.hop_counters.snapshot()
         self._saved = _Saved(len(self.layers), self.log.snapshot(), counters, others)
 
     def commit(self) -> None:

@@ -26,39 +26,49 @@ class HopCounters:
         compacted: Per row, the hop whose begin was last served by a compaction.
         tail: Last sampled ids per row [B, n], for delimiters of several ids; None when unused.
         injected: Logical columns [start, end) of spans after the prompt; no window counts them.
+        barriers: Per row the [start, end) of those it really got; no delimiter reaches across one.
+        cuts: Per row the ends of hops that only such a span closed; without it they are open.
     """
 
     ends: list[list[int]] = field(default_factory=list)
     compacted: list[int] = field(default_factory=list)
     tail: Tensor | None = None
     injected: list[tuple[int, int]] = field(default_factory=list)
+    barriers: list[list[tuple[int, int]]] = field(default_factory=list)
+    cuts: list[list[int]] = field(default_factory=list)
 
     def ensure(self, batch: int) -> None:
         """Make room for `batch` rows, all in hop 0."""
         if not self.ends:
             self.ends = [[] for _ in range(batch)]
             self.compacted = [0] * batch
+            self.barriers, self.cuts = [[] for _ in range(batch)], [[] for _ in range(batch)]
 
     def open_hops(self) -> list[int]:
         """The hop each row is in."""
         return [len(ends) for ends in self.ends]
 
-    def close(self, row: int, position: int) -> None:
-        """Close the open hop of `row` with the token at logical `position`."""
+    def close(self, row: int, position: int) -> bool:
+        """Close the open hop of `row` with the token at logical `position`; False if none is."""
         ends = self.ends[row]
-        if not ends or ends[-1] < position:
+        closes = not ends or ends[-1] < position
+        if closes:
             ends.append(position)
+        return closes
+
+    def cut(self, row: int, position: int) -> None:
+        """Close it because input is injected after `position`."""
+        if self.close(row, position):
+            self.cuts[row].append(position)
 
     def reorder(self, indices: Tensor) -> None:
         """Take the rows named by `indices` [B'], as beam search does."""
         if not self.ends:
             return
-        if any(ends != self.ends[0] for ends in self.ends) or len(set(self.compacted)) > 1:
-            order = indices.tolist()
-        else:
-            order = [0] * len(indices)
-        self.ends = [list(self.ends[i]) for i in order]
-        self.compacted = [self.compacted[i] for i in order]
+        rows = list(zip(self.ends, self.compacted, self.barriers, self.cuts, strict=True))
+        alike = all(row == rows[0] for row in rows)
+        order = [0] * len(indices) if alike else indices.tolist()
+        self._take(order)
         if self.tail is not None:
             self.tail = self.tail.index_select(0, indices.to(self.tail.device))
 
@@ -66,24 +76,29 @@ class HopCounters:
 
     def repeat(self, repeats: int) -> None:
         """Repeat every row `repeats` times in place, as HF expands a batch."""
-        self.ends = [list(ends) for ends in self.ends for _ in range(repeats)]
-        self.compacted = [hop for hop in self.compacted for _ in range(repeats)]
+        self._take([row for row in range(len(self.ends)) for _ in range(repeats)])
         if self.tail is not None:
             self.tail = self.tail.repeat_interleave(repeats, dim=0)
 
-    def crop(self, length: int) -> None:
-        """Forget everything at logical positions >= `length`; hops closed there are open again."""
-        removed = max((sum(e >= length for e in ends) for ends in self.ends), default=0)
-        if removed:
-            self.ends = [[e for e in ends if e < length] for ends in self.ends]
-            pairs = zip(self.compacted, self.ends, strict=True)
-            self.compacted = [min(hop, len(ends)) for hop, ends in pairs]
-        self.injected = [(a, min(b, length)) for a, b in self.injected if a < length]
+    def _take(self, order: list[int]) -> None:
+        self.ends = [list(self.ends[i]) for i in order]
+        self.compacted = [self.compacted[i] for i in order]
+        self.barriers = [list(self.barriers[i]) for i in order]
+        self.cuts = [list(self.cuts[i]) for i in order]
 
-    def crop_tail(self, count: int) -> None:
-        """Forget the last `count` sampled ids."""
+    def crop(self, length: int, seen: int) -> None:
+        """Forget logical positions `length` to `seen`; hops closed there are open again."""
+        sampled = seen - length - self.injected_between(length - 1, seen - 1)
         if self.tail is not None:
-            self.tail = self.tail[:, : max(self.tail.shape[1] - count, 0)]
+            self.tail = self.tail[:, : max(self.tail.shape[1] - sampled, 0)]
+        for row, cuts in enumerate(self.cuts):
+            gone = {e for e in cuts if e >= length - 1}  # the span that closed them goes
+            self.ends[row] = [e for e in self.ends[row] if e < length and e not in gone]
+            self.cuts[row] = [e for e in cuts if e not in gone]
+        pairs = zip(self.compacted, self.ends, strict=True)
+        self.compacted = [min(hop, len(ends)) for hop, ends in pairs]
+        self.injected = _cropped(self.injected, length)
+        self.barriers = [_cropped(spans, length) for spans in self.barriers]
 
     def remember(self, ids: Tensor, count: int) -> None:
         """Keep the last `count` sampled ids, [B, S] `ids` being the newest."""
@@ -91,11 +106,21 @@ class HopCounters:
         self.tail = joined[:, max(joined.shape[1] - count, 0) :]
 
     def inject(self, rows: list[int], start: int, end: int) -> None:
-        """Note a span in columns [start, end); a delimiter cannot reach across it in `rows`."""
+        """Note a span in columns [start, end) that brings tokens to `rows`."""
         self.injected.append((start, end))
-        if self.tail is not None and rows:
-            self.tail = self.tail.clone()
-            self.tail[rows] = -1
+        for row in rows:
+            self.barriers[row].append((start, end))
+
+    def written(self, past: int) -> Tensor | None:
+        """[B, n] the sampled ids before column `past`, -1 where an injected span cuts them off."""
+        tail = self.tail
+        if tail is None or not any(self.barriers):
+            return tail
+        ends = [spans[-1][1] if spans else 0 for spans in self.barriers]
+        since = [past - end - self.injected_between(end - 1, past - 1) for end in ends]
+        place = torch.arange(tail.shape[1], 0, -1, device=tail.device)
+        reached = place <= torch.tensor(since).to(tail.device, non_blocking=True)[:, None]
+        return tail.masked_fill(~reached, -1)
 
     def injected_between(self, last: int, position: int) -> int:
         """Injected columns after `last`, up to and with `position`."""
@@ -104,7 +129,23 @@ class HopCounters:
 
     def reset(self) -> None:
         """Back to an empty sequence."""
-        self.ends, self.compacted, self.tail, self.injected = [], [], None, []
+        self.ends, self.compacted, self.tail = [], [], None
+        self.injected, self.barriers, self.cuts = [], [], []
+
+    def snapshot(self) -> HopCounters:
+        """A copy that later changes of these counters do not reach; the tail is never written."""
+        return HopCounters(
+            ends=[list(row) for row in self.ends],
+            compacted=list(self.compacted),
+            tail=self.tail,
+            injected=list(self.injected),
+            barriers=[list(row) for row in self.barriers],
+            cuts=[list(row) for row in self.cuts],
+        )
+
+
+def _cropped(spans: list[tuple[int, int]], length: int) -> list[tuple[int, int]]:
+    return [(start, min(end, length)) for start, end in spans if start < length]
 
 
 def counters_of(cache: DareCache) -> HopCounters:

@@ -114,7 +114,8 @@ class DareConfig(PeftConfig):
             or "observed" (by the hop's last queries). None: "observed" for the attention scorer.
         hop_budget: "pooled" lets tokens of all closed hops compete, "per_hop" those of one
             hop. None: "per_hop" for the attention scorer.
-        max_kv_tokens: most tokens a layer may hold per row, >= 1. None: no cap.
+        max_kv_tokens: most tokens a layer holds per row after the prefill and after each hop,
+            forced ones included, >= 1; between them the open hop's come on top. None: no cap.
         decode: "full" runs sampled tokens through all layers; "routed" skips layers by score.
         decode_window: sampled tokens after which a hop is closed even without a delimiter, >= 1.
             None: never.

@@ -174,7 +174,7 @@ class Controller:
             return False
         if self.stores_scores:
             return True
-        return self.planner.prunes(context, after, context.plans.get(layer))
+        return bool(self.planner.prunes(context, after, context.plans.get(layer)))
 
     def find_context(self, kwargs: Mapping[str, Any]) -> ForwardContext | None:
         """The open forward, or the closed one that gradient checkpointing repeats a layer of."""

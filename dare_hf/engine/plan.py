@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +32,7 @@ class Plan:
             are live.
         keep: Bool[B, S] the running tokens; None when all real ones run.
         scores: Float32[B, S] they were chosen by, None where none were needed.
+        chosen: Per row whether anything was chosen in it; () where nothing was in any.
         cut: Whether transformers hands the layer its last columns only.
         gathered: What was gathered for this plan, by argument name and identity; None once the
             forward is over (kept, it would hold the very tensors a recomputation is found by).
@@ -43,6 +44,7 @@ class Plan:
     live: Tensor | None = None
     keep: Tensor | None = None
     scores: Tensor | None = None
+    chosen: tuple[bool, ...] = ()
     cut: bool = False
     gathered: dict[Any, tuple[Any, Any]] | None = field(default_factory=dict)
     _queries: tuple[Tensor, Tensor] | None = None
@@ -141,13 +143,18 @@ class Planner:
         ]
         return equalise(rows, context.counts) if self.config.batch_budget == "equal" else rows
 
-    def prunes(self, context: ForwardContext, layer: int, before: Plan | None) -> bool:
-        """Whether the layer leaves out any token of the span."""
+    def prunes(self, context: ForwardContext, layer: int, before: Plan | None) -> tuple[bool, ...]:
+        """Per row whether the layer chooses among its tokens of the span; () where it never does.
+
+        A row's answer does not depend on the others, but under batch_budget="equal".
+        """
         if context.span is None:
-            return False
-        if self.config.pruned == "drop" and before is not None and before.keep is not None:
-            return True
-        return self.budgets(context, layer) != context.counts
+            return ()
+        pairs = zip(self.budgets(context, layer), context.counts, strict=True)
+        rows = tuple(budget != count for budget, count in pairs)
+        if self.config.pruned == "drop" and before is not None and before.chosen:
+            rows = tuple(a or b for a, b in zip(rows, before.chosen, strict=True))
+        return rows if any(rows) else ()
 
     def plan(
         self, context: ForwardContext, layer: int, scores: Tensor, before: Plan | None
@@ -184,7 +191,8 @@ class Planner:
         keep = keep_mask(
             scores, context.modality, candidates, forced_mask, wanted, largest, first=first
         )
-        return self._finish(context, keep, kept, scores)
+        plan = self._finish(context, keep, kept, scores)
+        return replace(plan, chosen=self.prunes(context, layer, before))
 
     def _finish(
         self, context: ForwardContext, keep: Tensor, kept: list[list[int]], scores: Tensor

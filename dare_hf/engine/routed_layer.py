@@ -151,8 +151,8 @@ def _select(
 ) -> Plan:
     controller, index = state.controller, state.index
     scored = controller.stores_scores or controller.config.multiplies
-    exempt = controller.is_exempt(index, context)
-    if exempt or not controller.planner.prunes(context, index, before):
+    rows = controller.planner.prunes(context, index, before)
+    if controller.is_exempt(index, context) or not rows:
         plan = keep_all(context)
         if scored:
             plan = replace(plan, scores=controller.scorer.scores(context, layer, index, hidden))
@@ -163,6 +163,10 @@ def _select(
         if any(context.sampled) and not scored:
             # a step of its own would give a sampled token no score either
             scores = scores.masked_fill(~context.span_and_forced()[0], 0.0)
+        if not all(rows) and not scored:
+            # nor would a layer that keeps all of a row score that row, were it alone
+            alone = torch.tensor(rows).to(scores.device, non_blocking=True)
+            scores = scores.masked_fill(~alone[:, None], 0.0)
         return controller.planner.plan(context, index, scores, before)
 
 

@@ -128,7 +128,7 @@ class _Reader:
         counts = [[r[0], r[1]] for r in rows]
         if injected:
             for row in (i for i, c in enumerate(counts) if sum(c)):
-                self.state.close(row, self.past - 1)
+                self.state.cut(row, self.past - 1)
         hops = self.state.open_hops()
         closing: list[list[int]] = [[] for _ in rows]
         if any(r[4] for r in rows):
@@ -239,7 +239,7 @@ class _Reader:
         """Bool[B, S]: span tokens that no selection may drop."""
         before = None
         if self.past and not injected and self.cache is not None:
-            before = (self.cache.log.modality >= 0).sum(1, keepdim=True).to(self.device)
+            before = (self.cache.log.modality >= 0).sum(1).to(self.device)
         return forced_of(modality, span, self.ids, self.rules, before)
 
     @staticmethod
@@ -265,7 +265,7 @@ class _Reader:
         ends = torch.zeros(self.ids.shape, dtype=torch.bool, device=self.device)
         if rules.delimiters:
             ids = self.ids if sampled is None else self.ids.masked_fill(~sampled, -1)
-            ends = delimiter_ends(ids, state.tail, rules.delimiters)
+            ends = delimiter_ends(ids, state.written(self.past), rules.delimiters)
         able = torch.ones_like(ends) if sampled is None else sampled
         flags = torch.stack([ends & able, able]).tolist() if self._must_look(sampled) else None
         for row in range(self.batch):

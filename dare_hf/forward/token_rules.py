@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dare_hf.routing.kinds import PAD, TEXT
-from dare_hf.routing.selection import image_borders, isin_ids, last_text_run, last_valid
+from dare_hf.routing.selection import forced_tokens, image_borders, isin_ids, last_text_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,13 +54,12 @@ def forced_of(
         span: Bool[B, S].
         ids: [B, S] token ids, None where only embeddings are known.
         rules: The token rules of the model.
-        before: Long[B, 1] real tokens of the same hop before this forward; None for 0.
+        before: Long[B] real tokens of the same hop before this forward; None for 0.
     """
-    rank = span.long().cumsum(1) - 1
-    rank = rank if before is None else rank + before
-    forced = (span & (rank < rules.prefix)) | last_valid(span)
+    always = None
     if ids is not None and rules.keep_ids:
-        forced = forced | (span & isin_ids(ids, rules.keep_ids))
+        always = isin_ids(ids, rules.keep_ids)
+    forced = forced_tokens(span, prefix_tokens=rules.prefix, already=before, always=always)
     if rules.protect_text:
         only = torch.where(span, modality, PAD)
         text = last_text_run(only) | image_borders(only)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from dare_hf.routing.kinds import TEXT, VISION
 from dare_hf.routing.retention import budget
-from dare_hf.routing.selection import compaction_keep, hop_prefix_mask, keep_mask
+from dare_hf.routing.selection import (
+    capped_keep,
+    compaction_keep,
+    hop_prefix_mask,
+    last_valid,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +51,8 @@ class HopPruner:
 
     Law: each layer keeps of every modality the kappa prefix of each closed hop, ids that are
     always kept, and the best others up to ``ceil(rho * n)`` in all, n counting all real tokens of
-    closed hops. The boundary from hop 0 to hop 1 removes nothing unless `max_kv_tokens` says so.
+    closed hops. Of these `max_kv_tokens` leaves no row more than that, forced ones included
+    (`tiers`). The boundary from hop 0 to hop 1 removes nothing unless the cap says so.
 
     Args:
         log: Modality and hop of every logical token up to the boundary.
@@ -61,9 +68,9 @@ class HopPruner:
     ) -> None:
         self.log, self.config, self.table, self.due = log, config, table, due
         self.counts = log.counts_by_hop()
-        self.pinned = hop_prefix_mask(log.modality >= 0, log.hop, config.prefix_tokens)
-        if log.always is not None:
-            self.pinned = self.pinned | log.always
+        real = log.modality >= 0
+        self.prefixes = hop_prefix_mask(real, log.hop, config.prefix_tokens)
+        self.pinned = self.prefixes if log.always is None else self.prefixes | log.always
         self.alive: Tensor | None = None
         if config.pruned == "drop":
             self.alive = torch.ones_like(self.pinned)
@@ -111,22 +118,24 @@ class HopPruner:
         largest = [(max(r[g][TEXT] for r in rows), max(r[g][VISION] for r in rows)) for g in groups]
         wanted = torch.tensor(rows).to(where.device, non_blocking=True)
         keep = compaction_keep(scores, modality, hop, candidates, forced, wanted, largest)
-        keep = self._cap(keep, scores, forced)
+        if self.config.max_kv_tokens is not None:
+            tiers = [tier.to(where.device).gather(1, index) for tier in self.tiers]
+            keep = capped_keep(scores, keep, tiers, self.config.max_kv_tokens)
         if self.alive is not None:
             gone = torch.where(closed & ~keep, index, self.alive.shape[1])
             marks = torch.nn.functional.pad(self.alive, (0, 1)).to(where.device)
             self.alive = marks.scatter(1, gone, False)[:, :-1]
         return keep | (stored & ~closed)
 
-    def _cap(self, keep: Tensor, scores: Tensor, forced: Tensor) -> Tensor:
-        """Of `keep`, at most `max_kv_tokens` per row: a hop that begins has no token yet."""
-        cap = self.config.max_kv_tokens
-        if cap is None:
-            return keep
-        one_kind = torch.zeros_like(keep, dtype=torch.int8)
-        wanted = torch.tensor([[cap, 0]]).to(keep.device, non_blocking=True)
-        wanted = wanted.expand(keep.shape[0], -1)
-        return keep_mask(scores, one_kind, keep, forced, wanted, (cap, 0))
+    @cached_property
+    def tiers(self) -> list[Tensor]:
+        """Bool[B, N] each: what a cap keeps before it asks for scores, most important first.
+
+        The last token of closed hops, their prefixes from hop 0 on, ids that are always kept.
+        """
+        log, due = self.log, torch.tensor(self.due).to(self.log.hop.device)[:, None]
+        last = last_valid((log.modality >= 0) & (log.hop < due))
+        return [last, self.prefixes, self.pinned]
 
     def closed(self, where: Tensor) -> Tensor:
         """Bool[B, C]: columns at logical `where` that belong to closed hops."""

@@ -68,6 +68,22 @@ def compaction_keep(
     return kept
 
 
+def capped_keep(scores: Tensor, keep: Tensor, tiers: list[Tensor], cap: int) -> Tensor:
+    """Sort each row's columns by (first tier they are in, score outside of all, column)."""
+    kept = torch.zeros_like(keep)
+    for row in range(keep.shape[0]):
+
+        def rank(column: int, row: int = row) -> tuple[int, float, int]:
+            mine = [place for place, tier in enumerate(tiers) if tier[row, column]]
+            score = scores[row, column].item()
+            lowest = math.inf if math.isnan(score) else -score
+            return (mine[0], 0.0, column) if mine else (len(tiers), lowest, column)
+
+        able = [column for column in range(keep.shape[1]) if keep[row, column]]
+        kept[row, sorted(able, key=rank)[:cap]] = True
+    return kept
+
+
 def gather_index(keep: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Per row: the first not-kept columns as fills, then the kept columns."""
     indices, lives = [], []
@@ -120,25 +136,33 @@ def _images(kinds: list[int]) -> list[list[int]]:
 
 def forced_tokens(
     span: Tensor,
-    hop: Tensor,
     *,
     prefix_tokens: int,
     already: Tensor | None = None,
     always: Tensor | None = None,
 ) -> Tensor:
-    """Count each hop's tokens from its beginning; add the span's last token and `always`."""
+    """Count the hop's tokens from its beginning; add the span's last token and `always`."""
     forced = torch.zeros_like(span)
     for row in range(span.shape[0]):
         columns = [column for column in range(span.shape[1]) if span[row, column]]
-        counts: dict[int, int] = {}
-        if columns and already is not None:
-            counts[int(hop[row, columns[0]])] = int(already[row])
-        for column in columns:
-            own = int(hop[row, column])
-            counts[own] = counts.get(own, 0) + 1
+        before = 0 if already is None else int(already[row])
+        for place, column in enumerate(columns, start=before + 1):
             wanted = always is not None and bool(always[row, column])
-            forced[row, column] = counts[own] <= prefix_tokens or column == columns[-1] or wanted
+            forced[row, column] = place <= prefix_tokens or column == columns[-1] or wanted
     return forced
+
+
+def hop_prefix_mask(valid: Tensor, hop: Tensor, n: int) -> Tensor:
+    """Count each hop's tokens from its beginning."""
+    found = torch.zeros_like(valid)
+    for row in range(valid.shape[0]):
+        counts: dict[int, int] = {}
+        for column in range(valid.shape[1]):
+            if valid[row, column]:
+                own = int(hop[row, column])
+                counts[own] = counts.get(own, 0) + 1
+                found[row, column] = counts[own] <= n
+    return found
 
 
 def last_text_run(modality: Tensor) -> Tensor:

@@ -91,6 +91,35 @@ def compaction_keep(
     return kept
 
 
+def capped_keep(
+    scores: Float[Tensor, "batch stored"],
+    keep: Bool[Tensor, "batch stored"],
+    tiers: Sequence[Bool[Tensor, "batch stored"]],
+    cap: int,
+) -> Bool[Tensor, "batch stored"]:
+    """At most `cap` columns of `keep` in every row, whatever is forced.
+
+    The columns of the first tier stay first, then those of the next, the earlier before the later;
+    what is in no tier competes by score for the rest.
+
+    Args:
+        scores: score of each stored column.
+        keep: columns that may stay.
+        tiers: what goes before any score, most important first.
+        cap: columns to keep per row.
+
+    Source: docs/method.md, section 5 (`max_kv_tokens`).
+    """
+    must = torch.zeros_like(keep)
+    for tier in tiers:
+        own = tier & keep & ~must
+        must = must | (own & (must.sum(1, keepdim=True) + own.cumsum(1) <= cap))
+    one_kind = torch.zeros_like(keep, dtype=torch.int8)
+    # Not torch.tensor(..., device=...): that copy waits for the device.
+    wanted = torch.tensor([[cap, 0]]).to(keep.device, non_blocking=True).expand(keep.shape[0], -1)
+    return keep_mask(scores, one_kind, keep, must, wanted, (cap, 0))
+
+
 def gather_index(
     keep: Bool[Tensor, "batch tokens"], width: int
 ) -> tuple[Int[Tensor, "batch width"], Bool[Tensor, "batch width"]]:
@@ -132,50 +161,37 @@ def equalise(budgets: Sequence[Sequence[int]], counts: Sequence[Sequence[int]]) 
 
 def forced_tokens(
     span: Bool[Tensor, "batch tokens"],
-    hop: Int[Tensor, "batch tokens"],
     *,
     prefix_tokens: int,
     already: Int[Tensor, " batch"] | None = None,
     always: Bool[Tensor, "batch tokens"] | None = None,
 ) -> Bool[Tensor, "batch tokens"]:
-    """The span's first `prefix_tokens` of each hop, its last token, and what is in `always`.
+    """The first `prefix_tokens` of the span's hop, the span's last token, and what is in `always`.
 
     Args:
-        span: real tokens of the span.
-        hop: their hops, never falling along a row.
+        span: real tokens of the span, all of one hop in a row.
         prefix_tokens: kappa.
-        already: per row, how many real tokens of the first token's hop came in earlier forwards.
+        already: per row, how many real tokens of that hop came in earlier forwards.
         always: columns to keep whatever their score (`isin_ids` of always_keep_token_ids).
 
     Source: docs/method.md, section 4.
     """
-    forced = hop_prefix_mask(span, hop, prefix_tokens, already) | last_valid(span)
+    rank = span.cumsum(1) if already is None else span.cumsum(1) + already[:, None]
+    forced = (span & (rank <= prefix_tokens)) | last_valid(span)
     return forced if always is None else forced | (always & span)
-
-
-def prefix_mask(valid: Bool[Tensor, "batch tokens"], n: int) -> Bool[Tensor, "batch tokens"]:
-    """The first `n` valid columns of each row."""
-    return valid & (valid.cumsum(1) <= n)
 
 
 def hop_prefix_mask(
     valid: Bool[Tensor, "batch tokens"],
     hop: Int[Tensor, "batch tokens"],
     n: int,
-    already: Int[Tensor, " batch"] | None = None,
 ) -> Bool[Tensor, "batch tokens"]:
-    """The first `n` valid columns of each hop of each row; along them `hop` never falls.
-
-    `already` counts, per row, what the hop of the first valid column had before this span.
-    """
+    """The first `n` valid columns of each hop of each row; along them `hop` never falls."""
     filled = torch.where(valid, hop.long(), -1).cummax(1).values.contiguous()
     count = valid.cumsum(1)
     start = torch.searchsorted(filled, filled)
     before = (count - valid.long()).gather(1, start)
-    rank = count - before
-    if already is not None:
-        rank = rank + already[:, None] * (before == 0)
-    return valid & (rank <= n)
+    return valid & (count - before <= n)
 
 
 def last_valid(valid: Bool[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:

@@ -38,7 +38,7 @@ class HopRules:
         delimiters: Delimiters as id sequences.
         window: Sampled tokens after which a hop closes in any case; None never.
         pooled: Whether tokens of all closed hops compete for one budget.
-        cap: Most tokens a layer keeps of closed hops; None for no cap.
+        cap: Most tokens a layer keeps of closed hops, forced ones included; None for no cap.
     """
 
     rates: Sequence[Sequence[tuple[float, float]]]
@@ -146,12 +146,21 @@ class _HopChooser(_Chooser):
             scores, self.modality, self.token_hop, candidates, forced, budgets
         )
         if self.hops.cap is not None:
-            one_kind = torch.zeros_like(self.modality)
-            cap = torch.tensor([[self.hops.cap, 0]] * len(keep))
-            keep = reference.keep_mask(scores, one_kind, keep, forced, cap)
+            keep = reference.capped_keep(scores, keep, self._tiers(hop, forced), self.hops.cap)
         if self.routing.pruned == "drop":
             self.alive[hop] = self.alive[hop] & ~(stored & ~keep)
         return keep
+
+    def _tiers(self, hop: int, pinned: Tensor) -> list[Tensor]:
+        """Bool[B, S] each: last token, prefix of hop 0, other prefixes, ids always kept."""
+        tiers = [torch.zeros_like(pinned) for _ in range(3)]
+        for row in range(len(pinned)):
+            closed = [c for c, own in enumerate(self.token_hop[row].tolist()) if 0 <= own < hop]
+            tiers[0][row, closed[-1:]] = True
+            for own in range(hop):
+                columns = [c for c in closed if int(self.token_hop[row, c]) == own]
+                tiers[1 if own == 0 else 2][row, columns[: self.routing.prefix_tokens]] = True
+        return [*tiers, pinned]
 
     def _pinned(self, hop: int) -> Tensor:
         """Bool[B, S]: the first tokens of each closed hop, and ids that are always kept."""
