@@ -18,6 +18,7 @@ from dare_hf.engine.attach import (
     check_free,
     new_controller,
     new_router,
+    router_shapes,
     state_of,
     unwrap,
     watch_attention,
@@ -25,7 +26,7 @@ from dare_hf.engine.attach import (
 from dare_hf.engine.settings import check_adapter, made_for, resolve
 from dare_hf.engine.undo import UndoRecord
 from dare_hf.errors import DareConfigError, DareStateError, UnsupportedModelError
-from dare_hf.routers.files import check_made_for, check_tensors, read_adapter, shapes
+from dare_hf.routers.files import check_made_for, read_adapter, read_routers
 from dare_hf.routers.holder import NAME, AppliedRouters
 
 if TYPE_CHECKING:
@@ -72,9 +73,9 @@ def apply_dare(
         raise UnsupportedModelError(
             f"model: expected a loaded model of transformers; got {model!r}"
         )
-    weights = None
+    file = None
     if isinstance(config, (str, os.PathLike)):
-        config, weights = read_adapter(os.fspath(config))
+        config, file = read_adapter(os.fspath(config))
     config = DareConfig() if config is None else config
     if not isinstance(config, DareConfig):
         raise DareConfigError(
@@ -84,8 +85,9 @@ def apply_dare(
     check_free(target)
     anatomy = locate(target)
     check_made_for(config, made_for(anatomy))
-    check_adapter(config, present=weights is not None)
+    check_adapter(config, present=file is not None)
     settings = resolve(target, config, anatomy, processor)
+    weights = None if file is None else read_routers(file, router_shapes(settings, anatomy))
     controller = new_controller(settings, anatomy)
     undo = UndoRecord()
     try:
@@ -164,9 +166,6 @@ def _put_routers(
 ) -> None:
     """Give each layer a router with the weights of an adapter's file, frozen."""
     fresh = [new_router(settings, anatomy, i) for i in range(len(anatomy.layers))]
-    found = {f"{i}.{name}": t for i, part in enumerate(weights) for name, t in part.items()}
-    wanted = {f"{i}.{name}": t for i, r in enumerate(fresh) for name, t in r.state_dict().items()}
-    check_tensors(shapes(found.items()), shapes(wanted.items()))
     for layer, router, tensors in zip(anatomy.layers, fresh, weights, strict=True):
         with torch.no_grad():
             router.load_state_dict(tensors)

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import inspect
 import types
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import peft
 import torch
 import transformers
+from huggingface_hub import hf_hub_download
 from transformers.cache_utils import Cache
 from transformers.integrations import peft as integration
 from transformers.utils import logging
@@ -171,6 +172,59 @@ def _with_floor(method: types.FunctionType) -> types.FunctionType:
     )
     own.__kwdefaults__ = method.__kwdefaults__
     return own
+
+
+class AdapterSource(NamedTuple):
+    """Where peft or transformers is loading an adapter from.
+
+    Attributes:
+        place: A folder or hub id; None where the tensors are given.
+        tensors: The tensors that are given.
+        hub: subfolder, revision, token and the like, as `hf_hub_download` takes them.
+        direct: Whether transformers loads it, into the model itself.
+    """
+
+    place: str | None
+    tensors: Mapping[str, Tensor] | None
+    hub: dict[str, Any]
+    direct: bool
+
+
+def adapter_source() -> AdapterSource | None:
+    """Where the load that is now in progress takes an adapter from; None outside of one.
+
+    A loader of peft (0.21) or transformers (5.19 to 5.24) puts routing on the model before it opens
+    the file of the weights, tells the tuner nothing of that file, and nothing at all when it cannot
+    be read. So that a bad file is refused before anything is changed, its place is read off the
+    loader's own frame; where that has no such name the adapter is refused at its first use.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code not in _LOADERS:
+        frame = frame.f_back
+    if frame is None:
+        return None
+    found = frame.f_locals
+    asked = getattr(found.get("load_config"), "download_kwargs", None)
+    asked = asked or found.get("hf_hub_download_kwargs") or found.get("kwargs") or {}
+    known = inspect.signature(hf_hub_download).parameters
+    hub = {name: asked[name] for name in asked if name in known}
+    place, tensors = found.get(_LOADERS[frame.f_code]), found.get("adapter_state_dict")
+    if place is None and tensors is None:
+        return None
+    direct = _LOADERS[frame.f_code] == "peft_model_id"
+    return AdapterSource(None if place is None else str(place), tensors, hub, direct)
+
+
+_LOADERS: dict[types.CodeType, str] = {
+    getattr(loader, "__func__", loader).__code__: name
+    for loader, name in (
+        (peft.PeftModel.from_pretrained, "model_id"),
+        (peft.PeftModel.load_adapter, "model_id"),
+        (peft.PeftMixedModel.from_pretrained, "model_id"),
+        (peft.PeftMixedModel.load_adapter, "model_id"),
+        (integration.PeftAdapterMixin.load_adapter, "peft_model_id"),
+    )
+}
 
 
 def check_prefill_chunks(size: int | None) -> None:

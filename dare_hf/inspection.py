@@ -1,8 +1,11 @@
-"""Tells from a model's config alone whether it is supported and where its layers are."""
+"""Tells from a model's config alone whether it is supported and where its layers are.
+
+The config may come from anywhere: no code of its folder is run, and none is offered to.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -13,6 +16,7 @@ from transformers import (
 )
 
 from dare_hf.architectures.locate import describe, locate
+from dare_hf.config.checks import shown
 from dare_hf.errors import DareInputError
 from dare_hf.report.flops import shapes_of
 
@@ -20,6 +24,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dare_hf.report.flops import LayerShape
+
+
+_MOST_PARTS = 1024
+"""Layers, blocks or experts that a config may ask for; more would only take time to build."""
+_COUNTS = ("layers", "depth", "depths", "experts", "blocks", "tables", "stages")
 
 
 def describe_model(name: str) -> Iterator[str]:
@@ -32,24 +41,61 @@ def describe_model(name: str) -> Iterator[str]:
         DareInputError: No config is found there.
         UnsupportedModelError: The model cannot be routed; the text says why.
     """
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DareInputError(
-            f"model: expected a folder with a config.json of transformers, or a hub id, got "
-            f"{name!r}: {reason}"
-        ) from error
+    config = _read(name)
     yield describe(config)
-    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-    with torch.device("meta"):
-        model = auto.from_config(config)
+    model = _built(name, config)
     parts = locate(model)
     shapes = shapes_of(parts.layers, parts.text_config)
     yield f"class: {type(model).__name__}, text model {type(parts.text_model).__name__}"
     yield f"layers: {len(parts.layers)} x {type(parts.layers[0]).__name__} at {parts.spec.layers}"
     yield from _costs(shapes)
+
+
+def _read(name: str) -> Any:
+    """The config at `name`, by transformers' own code only."""
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # a config from anywhere: transformers checks little of it
+        if "trust_remote_code" in str(error):
+            raise DareInputError(
+                f"model: expected a model that transformers has code for; got {name!r}, which "
+                "brings code of its own (auto_map), and info never runs code of a folder"
+            ) from error
+        raise _unreadable(name, error) from error
+
+
+def _built(name: str, config: Any) -> Any:
+    """The model without weights."""
+    many = sorted(f"{key}={count}" for key, count in _counts(config.to_dict()))
+    if many:
+        raise DareInputError(
+            f"model: expected a config with at most {_MOST_PARTS} layers or experts of a kind; "
+            f"got {name!r} with {', '.join(many)[:200]}"
+        )
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise _unreadable(name, error) from error
+
+
+def _counts(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(name, value) of counts beyond the bound, in a config and those inside it."""
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            yield from _counts(value)
+        elif isinstance(value, int) and value > _MOST_PARTS and key.rpartition("_")[2] in _COUNTS:
+            yield key, shown(value)
+
+
+def _unreadable(name: str, error: Exception) -> DareInputError:
+    reason = (str(error).strip().splitlines() or [""])[0][:200]
+    return DareInputError(
+        f"model: expected a folder with a config.json of transformers, or a hub id, got {name!r}: "
+        f"{reason or type(error).__name__}"
+    )
 
 
 def _costs(shapes: list[LayerShape]) -> Iterator[str]:

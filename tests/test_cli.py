@@ -166,6 +166,41 @@ def test_info_tells_of_a_language_model(tmp_path: Path) -> None:
     assert "3 x LlamaDecoderLayer at model.layers" in done.stdout
 
 
+def test_info_never_runs_nor_offers_the_code_of_a_folder(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    auto_map = {"AutoConfig": "own.Config", "AutoModelForImageTextToText": "own.Model"}
+    for model_type in ("own-model", "llava"):
+        config = {"model_type": model_type, "auto_map": auto_map}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        done = CliRunner().invoke(cli.app, ["info", str(tmp_path)], input="y\n" * 9)
+        assert "[y/N]" not in done.output
+        assert not ran.exists()
+        if model_type == "own-model":
+            assert done.exit_code == cli.REFUSED
+            assert "never runs code of a folder" in done.stderr
+            assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": 10**9},
+        {"hidden_size": "x"},
+        {"num_attention_heads": None},
+        {"x": [[]]},
+    ],
+)
+def test_info_of_an_absurd_config_is_one_line(change: dict, tmp_path: Path) -> None:
+    config = tiny_model("llava").config.to_dict()
+    config["text_config"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = _run("info", str(tmp_path))
+    assert done.exit_code == (0 if "x" in change else cli.REFUSED)
+    assert "Traceback" not in done.output
+    assert done.exception is None or isinstance(done.exception, SystemExit)
+
+
 def test_info_of_nothing_is_one_line(tmp_path: Path) -> None:
     done = _run("info", str(tmp_path / "nowhere"))
     assert done.exit_code == cli.REFUSED

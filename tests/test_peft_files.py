@@ -9,7 +9,18 @@ import torch
 from huggingface_hub import ModelCard
 from laws import forward, inputs_of
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft_runs import LEARNED, MODELS, adapted, learn, load_quietly, lora, routers, saved, tokens
+from peft_runs import (
+    LEARNED,
+    MODELS,
+    adapted,
+    add_quietly,
+    learn,
+    load_quietly,
+    lora,
+    routers,
+    saved,
+    tokens,
+)
 from safetensors.torch import load_file, save_file
 from test_laws_remove import hold_same, snapshot
 from transformers import AutoModelForImageTextToText
@@ -176,22 +187,128 @@ def test_a_file_that_does_not_keep_its_promise_is_refused(change, folder, tmp_pa
         assert tokens(peft_model, inputs) == routed
 
 
-def test_an_adapter_whose_weights_did_not_come_is_refused_at_its_first_use(folder, tmp_path):
-    # transformers only logs names that fit nothing (5.23; happens to deepseek_ocr2, LoRA as well)
-    path = broken(
-        saved(folder), tmp_path / "renamed", lambda t: {f"x.{k}": v for k, v in t.items()}
-    )
+def renamed(tensors):
+    return {f"x.{key}": tensor for key, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_file_whose_names_fit_nothing_is_refused(name, folder, tmp_path):
+    # transformers only logs them (5.24; happens to deepseek_ocr2, LoRA as well)
+    path = broken(saved(folder, name), tmp_path / "renamed", renamed)
+    model = tiny_model(name)
+    before = snapshot(model)
+    with pytest.raises(AdapterMismatchError, match="layers \\[0, 1, 2, 3\\]"):
+        model.load_adapter(path, adapter_name="x")
+    assert not model._hf_peft_config_loaded
+    hold_same(without_notes(before), without_notes(snapshot(model)))
+    model.load_adapter(saved(folder, name), adapter_name="x")
+
+
+def test_fresh_routers_that_wait_for_a_file_are_refused_at_their_first_use():
     model = tiny_model("llava")
-    inputs = inputs_of(model)
-    plain = tokens(model, inputs)
-    model.load_adapter(path, adapter_name="x")
+    peft_model = get_peft_model(model, DareConfig(**LEARNED, inference_mode=True))
     for call in (forward, tokens):
         with pytest.raises(AdapterMismatchError, match="layers \\[0, 1, 2, 3\\]"):
-            call(model, inputs)
-    model.delete_adapter("x")
-    assert tokens(model, inputs) == plain
-    model.load_adapter(saved(folder), adapter_name="x")
-    assert tokens(model, inputs) != plain
+            call(peft_model, inputs_of(model))
+
+
+def without_notes(taken):
+    """A snapshot without how transformers named weights, and that there is no adapter."""
+    notes = {"_weight_conversions", "_hf_peft_config_loaded"}
+    own = {key: value for key, value in taken["modules"][""].items() if key not in notes}
+    return {**taken, "modules": {**taken["modules"], "": own}}
+
+
+def changed(value):
+    def change(tensors):
+        key = sorted(tensors)[0]
+        return tensors | {key: value(tensors[key])}
+
+    return change
+
+
+CHANGES = {
+    "nan": changed(lambda t: t * float("nan")),
+    "infinite": changed(lambda t: t * float("inf")),
+    "beyond float32": changed(lambda t: t.double() + 1e300),
+    "bool": changed(lambda t: t > 0),
+    "integer": changed(lambda t: t.int()),
+    "complex": changed(lambda t: t.cfloat()),
+    "missing": lambda t: {k: v for k, v in t.items() if k != sorted(t)[0]},
+    "nothing": lambda t: {},
+    "extra": lambda t: t | {"base_model.model.dare_x": torch.zeros(1)},
+    "of the base": lambda t: t | {"base_model.model.lm_head.weight": torch.zeros(1)},
+    "twice": lambda t: t | {"x." + sorted(t)[0]: torch.zeros(2)},
+}
+CUTS = {
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-9]),
+    "header": lambda file: file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:]),
+    "empty": lambda file: file.write_bytes(b""),
+    "gone": lambda file: file.unlink(),
+    "a pickle": lambda file: (torch.save({}, file.with_suffix(".bin")), file.unlink()),
+}
+
+
+def spoiled(path: str, to: Path, kind: str) -> str:
+    """A copy of an adapter's folder with other tensors, or a file that cannot be read."""
+    copy = broken(path, to, CHANGES.get(kind, lambda tensors: tensors))
+    if kind in CUTS:
+        CUTS[kind](to / "adapter_model.safetensors")
+    return copy
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("way", LOADERS)
+def test_a_load_that_fails_leaves_the_model_as_it_was(way, name, folder, tmp_path):
+    model = tiny_model(name)
+    wrapped = adapted(model) if way == "PeftModel.load_adapter" else model
+    before = without_notes(snapshot(model))
+    for kind in [*CHANGES, *CUTS]:
+        path = spoiled(saved(folder, name), tmp_path / kind, kind)
+        with pytest.raises((AdapterMismatchError, DareConfigError)):
+            LOADERS[way](wrapped, path)
+        hold_same(before, without_notes(snapshot(model)))
+        assert getattr(model, "_hf_peft_config_loaded", False) is False
+    LOADERS[way](wrapped, saved(folder, name))
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_a_load_that_fails_beside_a_lora_leaves_the_lora(folder, tmp_path):
+    model = tiny_model("llava")
+    inputs = inputs_of(model)
+    add_quietly(model, lora(), "lora")
+    tuned, before = tokens(model, inputs), without_notes(snapshot(model))
+    for kind in ("gone", "nan", "missing"):
+        with pytest.raises((AdapterMismatchError, DareConfigError)):
+            model.load_adapter(spoiled(saved(folder), tmp_path / kind, kind), adapter_name="x")
+        hold_same(before, without_notes(snapshot(model)))
+        assert list(model.peft_config) == ["lora"]
+        assert tokens(model, inputs) == tuned
+
+
+def test_a_trainable_load_and_a_given_config_are_checked_too(folder, tmp_path):
+    path = spoiled(saved(folder), tmp_path / "gone", "gone")
+    model = tiny_model("llava")
+    before = snapshot(model)
+    config = DareConfig.from_pretrained(saved(folder))
+    for given in ({"is_trainable": True}, {"config": config}, {"low_cpu_mem_usage": True}):
+        with pytest.raises(DareConfigError, match=r"adapter_model\.safetensors"):
+            PeftModel.from_pretrained(model, path, **given)
+        hold_same(before, snapshot(model))
+    with pytest.raises(AdapterMismatchError):
+        model.load_adapter(peft_config=config, adapter_state_dict={"x": torch.zeros(1)})
+    hold_same(before, snapshot(model))
+
+
+def test_a_bad_file_for_an_adapter_that_is_there_leaves_it_there(folder, tmp_path):
+    model = adapted(tiny_model("llava"), seed=None)
+    weights = [router.weight.clone() for router in routers(model)]
+    for kind in ("missing", "nan"):
+        path = spoiled(saved(folder), tmp_path / kind, kind)
+        with pytest.raises(AdapterMismatchError):
+            model.load_adapter(path, "default")
+        kept = [router.weight for router in routers(model)]
+        assert all(torch.equal(a, b) for a, b in zip(kept, weights, strict=True))
 
 
 def test_what_is_no_adapter_is_refused(tmp_path, folder):

@@ -20,6 +20,7 @@ from dare_hf.recipes import Recipe, load_recipe, train
 from dare_hf.recipes.data import JsonLines, ResponseCollator, TaskStream, datasets_of
 from dare_hf.tasks import maze, mvot
 
+GOOD = "model: anole\nout: x\ntask: maze\n"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -45,13 +46,36 @@ def test_examples_are_recipes(name):
         ("model: anole\nout: x\ntask: maze\ndare: {vision_retention: 2}\n", "vision_retention"),
         ("model: anole\nout: x\ntask: maze\ndare: null\n", "at least one"),
         ("a: [", "YAML"),
+        (f"{GOOD}router_lr: .nan\n", r"router_lr .* nan. \(line 4 of"),
+        (f"{GOOD}learning_rate: -3e-4\n", r"learning_rate .* -0.0003. \(line 4 of"),
+        (f"{GOOD}rate_lr: [1, 2]\n", r"rate_lr .*\(line 4 of"),
+        (f"{GOOD}steps: 1:30\n", r"steps .* '1:30'. \(line 4 of"),
+        (f"{GOOD}bf16: yes\n", r"bf16 .* 'yes'. \(line 4 of"),
+        (f"{GOOD}seed: 1e3\n", r"seed .*\(line 4 of"),
+        (f"{GOOD}dare:\n  hop_decay: -1\n", r"hop_decay .*\(line 5 of"),
+        (f"{GOOD}lora: {{r: -1}}\n", r"r must be an integer >= 1"),
+        (f"{GOOD}lora: {{rank: 4}}\n", r"lora: .*rank.*\(line 4 of"),
+        (f"{GOOD}steps: 3\nsteps: 4\n", "once.*\\n.*line 5"),
+        (f"{GOOD}lora: &a {{r: 4}}\ndare: *a\n", "aliases.*\\n.*line 5"),
+        (f"{GOOD}x: !!python/object/apply:os.abort []\n", "line 4"),
+        (f"{GOOD}steps: {'9' * 5000}\n", "steps"),
+        ("[" * 5000, "too deep"),
+        ("model: a\n\udcff", "line 2"),
     ],
 )
 def test_what_no_run_could_use_is_refused(tmp_path, text, match):
     file = tmp_path / "run.yaml"
-    file.write_text(text)
+    file.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(DareConfigError, match=match):
         load_recipe(file)
+
+
+def test_a_number_is_a_number(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{GOOD}learning_rate: 3e-4\nrouter_lr: 1E-3\nrate_lr: 1\nseed: 010\n")
+    recipe = load_recipe(file)
+    assert (recipe.learning_rate, recipe.router_lr, recipe.rate_lr) == (3e-4, 1e-3, 1.0)
+    assert recipe.seed == 10
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
@@ -77,6 +101,23 @@ def test_json_lines_say_what_is_wrong(tmp_path):
     file.write_text("\n")
     with pytest.raises(DareInputError, match="at least one line"):
         JsonLines(file)
+    good = b'{"images": [], "prompt": "a", "response": "b"}\n'
+    (tmp_path / "text.png").write_text("no picture")
+    pictures = [good.replace(b"[]", f'["{name}"]'.encode()) for name in ("none.png", "text.png")]
+    for bad in (b"\xff\xfe", b"[" * 100_000, b"null", good.replace(b"[]", b"[3]"), *pictures):
+        file.write_bytes(good + bad)
+        with pytest.raises(DareInputError, match="line 2"):
+            JsonLines(file)
+
+
+def test_rows_are_checked_before_weights_are_loaded(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    loads = []
+    monkeypatch.setattr("dare_hf.recipes.run._load", loads.append)
+    recipe = Recipe("anole", str(tmp_path / "out"), data=str(tmp_path / "rows.jsonl"))
+    with pytest.raises(DareInputError, match="line 1"):
+        train(recipe)
+    assert not loads
 
 
 def test_rows_of_a_file_learn_the_response_only(tmp_path):
@@ -233,9 +274,7 @@ def test_calibration_comes_before_the_first_step(tmp_path):
 
 def test_numbers_are_checked():
     for name in ("calibrate", "save_every", "validate"):
-        with pytest.raises(DareConfigError, match=f"{name}: expected an integer >= 0; got -1"):
+        with pytest.raises(DareConfigError, match=f"{name} must be an integer >= 0, got -1"):
             Recipe("anole", "out", task=("maze",), **{name: -1})
-    with pytest.raises(
-        DareConfigError, match=r"rate_margin: expected a share in \(0, 0.5\); got 1"
-    ):
+    with pytest.raises(DareConfigError, match=r"rate_margin must be a share in \(0, 0.5\), got 1"):
         Recipe("anole", "out", task=("maze",), rate_margin=1)

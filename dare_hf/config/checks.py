@@ -3,11 +3,34 @@
 import difflib
 import functools
 import math
-from collections.abc import Callable
+import reprlib
+from collections.abc import Callable, Sized
 from numbers import Integral, Real
 from typing import Any, TypeVar, get_args
 
 from dare_hf.errors import DareConfigError
+
+LARGEST = 2**31 - 1
+"""The largest integer a field takes unless it says otherwise."""
+
+
+class _Short(reprlib.Repr):
+    """A repr of bounded length and depth: a value that is refused may come from anywhere."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        """A long integer by its size; Python itself refuses to print one of 4,300 digits."""
+        return repr(x) if abs(x) < 10**60 else f"an integer of {x.bit_length()} bits"
+
+
+_short = _Short()
+_short.maxlevel, _short.maxstring, _short.maxother = 4, 200, 200
+_short.maxlist = _short.maxtuple = _short.maxdict = _short.maxset = 12
+
+
+def shown(value: object) -> str:
+    """What an error shows of a value: its repr, shortened."""
+    return _short.repr(value)
+
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -72,7 +95,7 @@ def refuses_unknown(cls: _Class) -> _Class:
 
 def refuse(name: str, expected: str, value: object) -> DareConfigError:
     """The error to raise for a value that is not as expected."""
-    return DareConfigError(f"{name} must be {expected}, got {value!r}.")
+    return DareConfigError(f"{name} must be {expected}, got {shown(value)}.")
 
 
 def number(
@@ -81,20 +104,26 @@ def number(
     """A check for a finite number: in [least, most] and, where given, greater than `above`."""
 
     def check(name: str, value: Any) -> float:
-        is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or not least <= value <= most or (above is not None and value <= above):
+        try:
+            found = float(value) if isinstance(value, Real) else math.nan
+        except OverflowError:  # an integer beyond all floats
+            found = math.inf
+        known = math.isfinite(found) and not isinstance(value, bool)
+        if not known or not least <= found <= most or (above is not None and found <= above):
             raise refuse(name, expected, value)
-        return float(value)
+        return found
 
     return check
 
 
-def integer(expected: str, least: float = -math.inf) -> Callable[[str, Any], int]:
-    """A check for an integer >= `least`; True and False are none."""
+def integer(expected: str, least: int, most: int = LARGEST) -> Callable[[str, Any], int]:
+    """A check for an integer in [least, most]; True and False are none."""
 
     def check(name: str, value: Any) -> int:
         if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
             raise refuse(name, expected, value)
+        if value > most:
+            raise refuse(name, f"an integer <= {most}", value)
         return int(value)
 
     return check
@@ -136,6 +165,27 @@ def optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
             raise DareConfigError(str(error).replace(", got ", " or None, got ", 1)) from None
 
     return checked
+
+
+def instance(expected: str, kind: type) -> Callable[[str, Any], Any]:
+    """A check for an object of a type."""
+
+    def check(name: str, value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise refuse(name, expected, value)
+        return value
+
+    return check
+
+
+def at_most(name: str, count: int, what: str, value: Sized) -> None:
+    """Refuse a collection of more than `count`; `what` names its members."""
+    try:
+        size = len(value)
+    except OverflowError:  # of a range
+        size = count + 1
+    if size > count:
+        raise refuse(name, f"at most {count} {what}", value)
 
 
 def flag(name: str, value: Any) -> bool:

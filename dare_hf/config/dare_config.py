@@ -1,47 +1,34 @@
 """DareConfig: what a user asks of routing, checked when it is said."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
-from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from peft.config import PeftConfig
 
 from dare_hf.config.checks import (
     Unnamed,
-    choice,
-    flag,
-    integer,
-    number,
-    optional,
     plain,
-    refuse,
     refuses_unknown,
-    text,
+    shown,
     unnamed,
 )
+from dare_hf.config.fields import (
+    CHECKS,
+    PEFT_TYPE,
+    BatchBudget,
+    Decode,
+    HopBudget,
+    HopScore,
+    Pruned,
+    Schedule,
+    ScoreScaling,
+    Selector,
+    peft_type_of,
+)
+from dare_hf.config.json_file import read_object
 from dare_hf.config.model_card import write_card
 from dare_hf.errors import DareConfigError
-
-
-class DarePeftType(str, Enum):  # noqa: UP042 - as peft's own PeftType, whose str() it copies
-    """The PEFT method's name, a key of peft's tables; equal to and hashed as the plain string."""
-
-    DARE_ROUTER = "DARE_ROUTER"
-
-
-PEFT_TYPE = DarePeftType.DARE_ROUTER
-
-Schedule = Literal["safe", "two_stage", "constant", "learned"]
-BatchBudget = Literal["row", "equal"]
-Pruned = Literal["bypass", "drop"]
-HopScore = Literal["stored", "observed"]
-HopBudget = Literal["pooled", "per_hop"]
-Decode = Literal["full", "routed"]
-ScoreScaling = Literal["straight_through", "multiply"]
-Selector = Literal["soft_topk", "gumbel"]
 
 # What these fields are where nobody names them: under the schedule "safe", and under any other.
 _SAFE: dict[str, Any] = {
@@ -108,7 +95,7 @@ class DareConfig(PeftConfig):
         hop_delimiters: what ends a hop of generated tokens: token ids >= 0, sequences of them, or
             strings (where a processor is given).
         hop_aware: rates per hop (True) or one row of rates for all hops.
-        max_hops: hops with rates of their own, >= 1; later hops use the last one's.
+        max_hops: hops with rates of their own, 1 to 1024; later hops use the last one's.
         hop_decay: factor on the vision rates for each hop after hop 1, in (0, 1].
         hop_score: score by which closed hops are thinned: "stored" (when the token was processed)
             or "observed" (by the hop's last queries). None: "observed" for the attention scorer.
@@ -133,7 +120,7 @@ class DareConfig(PeftConfig):
         lambda_hard: weight of the vision loss behind the cut, >= 0.
         mu: factor of the hinge in the vision loss behind the cut, >= 0.
         epsilon: score above which that hinge acts, >= 0.
-        seed: seed of the random scorer, any integer.
+        seed: seed of the random scorer, an integer of 64 bits.
         num_layers: decoder layers of the model an adapter was made for, >= 1. None: a fresh
             configuration; written when the adapter is made, checked when it is loaded.
         hidden_size: hidden size of that model, >= 1 or None, likewise.
@@ -185,11 +172,8 @@ class DareConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         """Check every field and bring it into its one form (floats, tuples)."""
-        try:
-            super().__post_init__()
-        except ValueError as error:
-            raise DareConfigError(str(error)) from error
         self._check()
+        super().__post_init__()
         if isinstance(self.schedule, Unnamed):
             self.schedule = unnamed("two_stage" if self.scorer == "router" else "safe")
         for name, value in (_SAFE if self.schedule == "safe" else _OTHERWISE).items():
@@ -197,7 +181,7 @@ class DareConfig(PeftConfig):
                 setattr(self, name, unnamed(value))
 
     def _check(self) -> None:
-        for name, check in _CHECKS.items():
+        for name, check in CHECKS.items():
             given = getattr(self, name)
             checked = check(name, given)
             if not isinstance(given, Unnamed):
@@ -280,113 +264,29 @@ class DareConfig(PeftConfig):
         return cls(**(PRESETS[name] | overrides))
 
     @classmethod
-    def from_peft_type(cls, **kwargs: Any) -> "DareConfig":
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """The fields an ``adapter_config.json`` holds.
+
+        Raises:
+            DareConfigError: the file is no JSON object, or larger than a configuration is.
+        """
+        fields = read_object(path_json_file)
+        fields.pop("runtime_config", None)  # as peft, which warns
+        return fields
+
+    @classmethod
+    def frompeft_type_of(cls, **kwargs: Any) -> "DareConfig":
         """Build from the fields of an ``adapter_config.json``, without PEFT's table of methods.
 
         Raises:
             DareConfigError: the file belongs to another PEFT method, or has fields unknown here.
         """
-        _peft_type("peft_type", kwargs.get("peft_type", PEFT_TYPE.value))
+        peft_type_of("peft_type", kwargs.get("peft_type", PEFT_TYPE.value))
         unknown = sorted(set(kwargs) - set(cls.__dataclass_fields__))
         if unknown:
             raise DareConfigError(
-                f"adapter_config.json has fields this version does not know: {', '.join(unknown)}. "
+                "adapter_config.json has fields this version does not know: "
+                f"{shown(', '.join(unknown))}. "
                 "It was written by a newer dare_hf or peft: upgrade, or remove them from the file."
             )
         return cls(**kwargs)
-
-
-def _peft_type(name: str, value: Any) -> str:
-    if value != PEFT_TYPE:
-        raise refuse(name, f"{PEFT_TYPE.value!r}", value)
-    return PEFT_TYPE
-
-
-def _token_ids(name: str, value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple | range):
-        raise refuse(name, "a tuple of token ids >= 0", value)
-    return tuple(_token_id(name, item) for item in value)
-
-
-def _schedule(name: str, value: Any) -> str | tuple[tuple[float, float], ...]:
-    if isinstance(value, str) and value in get_args(Schedule):
-        return value
-    is_pairs = isinstance(value, list | tuple) and len(value) > 0
-    if not is_pairs or not all(isinstance(p, list | tuple) and len(p) == 2 for p in value):
-        names = ", ".join(repr(choice) for choice in get_args(Schedule))
-        raise refuse(name, f"one of {names} or one (vision, text) pair per layer", value)
-    return tuple(
-        (_rate(f"{name}[{layer}] vision", vision), _rate(f"{name}[{layer}] text", text))
-        for layer, (vision, text) in enumerate(value)
-    )
-
-
-def _cut_layer(name: str, value: Any) -> int | float | str:
-    if isinstance(value, str) and value == "auto":
-        return value
-    if isinstance(value, Integral) and not isinstance(value, bool) and value >= 0:
-        return int(value)
-    if isinstance(value, Real) and not isinstance(value, Integral) and 0 < value < 1:
-        return float(value)
-    raise refuse(name, '"auto", a layer index >= 0 or a fraction of the depth in (0, 1)', value)
-
-
-def _delimiters(name: str, value: Any) -> tuple[int | tuple[int, ...] | str, ...]:
-    if not isinstance(value, list | tuple):
-        raise refuse(name, "a tuple of token ids, token-id sequences or strings", value)
-    return tuple(_delimiter(f"{name}[{index}]", item) for index, item in enumerate(value))
-
-
-def _delimiter(name: str, value: Any) -> int | tuple[int, ...] | str:
-    if isinstance(value, list | tuple | str):
-        if len(value) == 0:
-            raise refuse(name, "a token id >= 0, a sequence of them or a string, not empty", value)
-        return value if isinstance(value, str) else _token_ids(name, value)
-    return _token_id(name, value)
-
-
-_rate = number("a number in (0, 1]", above=0, most=1)
-_positive = number("a finite number > 0", above=0)
-_weight = number("a finite number >= 0", least=0)
-_count = integer("an integer >= 1", 1)
-_token_id = integer("a token id (an integer >= 0)", 0)
-
-_CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "vision_retention": _rate,
-    "text_retention": _rate,
-    "schedule": _schedule,
-    "plan_every": _count,
-    "batch_budget": choice(BatchBudget),
-    "uniform_share": number("a number in [0, 1]", least=0, most=1),
-    "cut_layer": _cut_layer,
-    "prefix_tokens": integer("an integer >= 0", 0),
-    "pruned": choice(Pruned),
-    "scorer": text("the name of a scorer"),
-    "hop_delimiters": _delimiters,
-    "hop_aware": flag,
-    "max_hops": _count,
-    "hop_decay": _rate,
-    "hop_score": optional(choice(HopScore)),
-    "hop_budget": optional(choice(HopBudget)),
-    "max_kv_tokens": optional(_count),
-    "decode": choice(Decode),
-    "decode_window": optional(_count),
-    "always_keep_token_ids": _token_ids,
-    "image_token_ids": optional(_token_ids),
-    "normalize_input": flag,
-    "score_scaling": choice(ScoreScaling),
-    "selector": choice(Selector),
-    "tau_start": _positive,
-    "tau_end": _positive,
-    "soft_temperature": _positive,
-    "lambda_ratio": _weight,
-    "lambda_soft": _weight,
-    "lambda_hard": _weight,
-    "mu": _weight,
-    "epsilon": _weight,
-    "seed": integer("an integer"),
-    "num_layers": optional(_count),
-    "hidden_size": optional(_count),
-    "model_type": optional(text("the model_type of a transformers config")),
-    "peft_type": _peft_type,
-}

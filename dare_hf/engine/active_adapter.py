@@ -70,7 +70,7 @@ class ActiveAdapter:
         name, routers = self.name, self.routers
         if name is None or routers is None:
             return None
-        self._check_loaded(name, routers)
+        self.check_loaded(name)
         settings = self.settings[name]
         if not settings.config.learns_rates:
             if settings is self._current:
@@ -84,15 +84,23 @@ class ActiveAdapter:
 
     def await_weights(self, name: str) -> None:
         """Note that a file is to bring the weights of adapter `name`, which is fresh."""
-        fresh = (layer.get_parameter(f"{NAME}.{name}.weight") for layer in self._layers)
-        self.awaiting[name] = [(weight, _version(weight)) for weight in fresh]
+        self.awaiting[name] = [(weight, _version(weight)) for weight in self._weights(name)]
 
-    def _check_loaded(self, name: str, routers: list[Router]) -> None:
+    def _weights(self, name: str) -> list[Tensor]:
+        return [layer.get_parameter(f"{NAME}.{name}.weight") for layer in self._layers]
+
+    def check_loaded(self, name: str) -> None:
+        """Note that the weights of adapter `name` came, if a file was to bring them.
+
+        Raises:
+            AdapterMismatchError: It held none for a layer.
+        """
         fresh = self.awaiting.get(name)
         if fresh is None:
             return
-        pairs = enumerate(zip(routers, fresh, strict=True))
-        missing = [i for i, (r, (w, v)) in pairs if r.weight is w and _version(w) == v]
+        now = self._weights(name)
+        pairs = enumerate(zip(now, fresh, strict=True))
+        missing = [i for i, (own, (w, v)) in pairs if own is w and _version(own) == v]
         if missing:
             raise AdapterMismatchError(
                 f"adapter {name!r}: expected weights from its file for every layer; the routers of "

@@ -115,6 +115,13 @@ def new_router(settings: Settings, anatomy: Anatomy, index: int) -> Router:
     return router.to(device_of(layer))
 
 
+def router_shapes(settings: Settings, anatomy: Anatomy) -> list[dict[str, tuple[int, ...]]]:
+    """What an adapter's file has to hold: for each layer the shapes of its router by name."""
+    hidden, learned = anatomy.text_config.hidden_size, settings.config.learns_rates
+    hops = len(settings.table.vision)
+    return [Router.saved_shapes(hidden, hops, learned) for _ in anatomy.layers]
+
+
 def attach(target: Any, controller: Controller, undo: UndoRecord, owner: Owner) -> ModelState:
     """Set what routing needs on the model's instances, recorded in `undo`."""
     anatomy = controller.anatomy

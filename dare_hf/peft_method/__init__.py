@@ -9,7 +9,7 @@ from peft.mapping import (
 )
 
 from dare_hf.config import DareConfig
-from dare_hf.config.dare_config import PEFT_TYPE
+from dare_hf.config.fields import PEFT_TYPE
 from dare_hf.peft_method.layer import RouterLayer
 from dare_hf.peft_method.tuner import PREFIX, DareTuner
 

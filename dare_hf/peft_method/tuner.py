@@ -11,7 +11,7 @@ from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
 from dare_hf.architectures.locate import locate
-from dare_hf.compat import adapter_methods, call_adapter_method
+from dare_hf.compat import adapter_methods, adapter_source, call_adapter_method
 from dare_hf.config import DareConfig
 from dare_hf.engine.active_adapter import ActiveAdapter
 from dare_hf.engine.attach import (
@@ -19,6 +19,7 @@ from dare_hf.engine.attach import (
     check_free,
     new_controller,
     new_router,
+    router_shapes,
     unwrap,
     watch_attention,
 )
@@ -26,7 +27,15 @@ from dare_hf.engine.settings import check_adapter, made_for, resolve
 from dare_hf.engine.undo import UndoRecord
 from dare_hf.errors import AdapterMismatchError, DareConfigError, DareInputError, DareStateError
 from dare_hf.peft_method.layer import NOT_MERGEABLE, RouterLayer
-from dare_hf.routers.files import check_made_for, check_tensors, shapes
+from dare_hf.routers.files import (
+    check_made_for,
+    check_tensors,
+    check_values,
+    read_routers,
+    routers_of,
+    shapes,
+    tensors_file,
+)
 from dare_hf.routers.holder import NAME
 
 if TYPE_CHECKING:
@@ -35,6 +44,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dare_hf.architectures.locate import Anatomy
+    from dare_hf.compat import AdapterSource
     from dare_hf.engine.attach import ModelState
     from dare_hf.engine.settings import Settings
 
@@ -95,7 +105,8 @@ class DareTuner(BaseTuner):
             DareConfigError: The configuration does not fit the model.
             DareStateError: The model has DARE by `apply_dare`.
             UnsupportedModelError: The architecture cannot be routed.
-            AdapterMismatchError: It was made for another depth, width or architecture.
+            AdapterMismatchError: It was made for another depth, width or architecture, or the file
+                it is being loaded from does not hold its tensors.
         """
         config = self.peft_config[adapter_name]
         if not isinstance(config, DareConfig):
@@ -109,12 +120,19 @@ class DareTuner(BaseTuner):
         config = config.checked(**made_for(anatomy))
         settings = resolve(model, config, anatomy)
         config = settings.config
+        source = adapter_source()
+        if source is not None:
+            _check_source(source, settings, anatomy)
         state = vars(model).get("_dare")
         if state is None or state.owner != "peft":
             check_free(model)
             state = _install(model, settings, anatomy)
         try:
             self._add(state, adapter_name, settings, low_cpu_mem_usage)
+            if source is not None or config.inference_mode:
+                _adapter(state).await_weights(adapter_name)
+            if source is not None and source.direct:
+                _watch_arrival(model, state, adapter_name)
         except BaseException:
             drop_adapter(model, adapter_name)
             raise
@@ -129,8 +147,6 @@ class DareTuner(BaseTuner):
             router = new_router(settings, anatomy, index)
             holder[name] = router.to("meta") if on_meta else router
         _adapter(state).settings[name] = settings
-        if settings.config.inference_mode:
-            _adapter(state).await_weights(name)
         for holder in holders:
             holder.set_adapter(self.active_adapters, settings.config.inference_mode)
         # adding an adapter leaves the others as trainable as they were, as peft does
@@ -189,6 +205,7 @@ class DareTuner(BaseTuner):
         own = [(key, value) for key, value in model.state_dict().items() if place in key]
         try:
             check_tensors(shapes(found.items()), shapes(own))
+            check_values(found.items())
         except AdapterMismatchError:
             _drop_untouched(model, adapter_name)
             raise
@@ -254,12 +271,47 @@ def drop_adapter(model: Any, name: str) -> None:
         _detach(model)
 
 
+def _check_source(source: AdapterSource, settings: Settings, anatomy: Anatomy) -> None:
+    """Refuse weights that do not fit before anything is put on the model for them."""
+    wanted = router_shapes(settings, anatomy)
+    if source.tensors is not None:
+        routers_of(source.tensors, wanted)
+    elif source.place is not None:
+        read_routers(tensors_file(source.place, **source.hub), wanted)
+
+
+def _watch_arrival(model: Any, state: ModelState, name: str) -> None:
+    """Let transformers' load of the weights take the adapter off again when it fails.
+
+    It only logs names that fit nothing (5.24; so deepseek_ocr2's, a LoRA's as well).
+    """
+    undo, load = UndoRecord(), model._load_pretrained_model
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        undo.undo()
+        try:
+            loaded = load(*args, **kwargs)
+            _adapter(state).check_loaded(name)
+        except BaseException:
+            _forget(model, model, name)
+            raise
+        return loaded
+
+    undo.set(model, "_load_pretrained_model", watched)
+
+
 def _drop_untouched(model: Any, name: str) -> None:
-    """Take an adapter off that nothing was ever written to: its file does not fit."""
+    """Take an adapter off whose file does not fit, if it is on the model for that file alone."""
     target = unwrap(model)
-    routers = [holder[name] for holder in _holders(target._dare)]
-    if any(parameter._version for router in routers for parameter in router.parameters()):
-        return
+    adapter = _adapter(target._dare)
+    try:
+        adapter.check_loaded(name)
+    except AdapterMismatchError:
+        _forget(model, target, name)
+
+
+def _forget(model: Any, target: Any, name: str) -> None:
+    """Take an adapter off `target` that came by a load into `model`, which failed."""
     model.peft_config.pop(name, None)
     drop_adapter(target, name)
 
@@ -273,3 +325,5 @@ def _detach(model: Any) -> None:
     undo.thaw()
     if not vars(model).get("peft_config", True):
         del model.peft_config
+        # transformers 5.24 says so before it knows that the load worked
+        vars(model).pop("_hf_peft_config_loaded", None)

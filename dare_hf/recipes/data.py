@@ -67,7 +67,7 @@ class JsonLines(Dataset):
     def __init__(self, path: str | Path) -> None:
         self.folder = Path(path).parent
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            lines = Path(path).read_bytes().splitlines()
         except OSError as error:
             raise DareInputError(
                 f"data: expected a JSON lines file; got {path}: {error}"
@@ -89,21 +89,38 @@ class JsonLines(Dataset):
         return {"images": pictures, "prompt": row["prompt"], "response": row["response"]}
 
 
-def _row(line: str, number: int, path: Any) -> dict[str, Any]:
+def _row(line: bytes, number: int, path: Any) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8"))
         images, prompt, response = row["images"], row["prompt"], row["response"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DareInputError(
             'data: expected {"images": [...], "prompt": ..., "response": ...} in line '
-            f"{number} of {path}; got {line[:80]!r} ({error})"
+            f"{number} of {path}; got {line[:80]!r} ({type(error).__name__}: {str(error)[:80]})"
         ) from error
-    if not isinstance(images, list) or not all(isinstance(t, str) for t in (prompt, response)):
+    paths = images if isinstance(images, list) else [None]
+    if not all(isinstance(text, str) for text in (prompt, response, *paths)):
         raise DareInputError(
             f"data: expected a list of paths and two strings in line {number} of {path}; got "
             f"{line[:80]!r}"
         )
+    for name in images:
+        _check_picture(Path(path).parent / name, number, path)
     return {"images": images, "prompt": prompt, "response": response}
+
+
+def _check_picture(file: Path, number: int, path: Any) -> None:
+    """Refuse what is no picture; reads its beginning only."""
+    from PIL import Image
+
+    try:
+        with Image.open(file):
+            return
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DareInputError(
+            f"data: expected a picture for each path in line {number} of {path}; got "
+            f"{str(file)[:200]!r} ({str(error)[:200]})"
+        ) from error
 
 
 class ResponseCollator:

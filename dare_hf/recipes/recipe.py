@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dare_hf.config import DareConfig
+from dare_hf.config.checks import flag, integer, number, optional, refuse, shown, text
 from dare_hf.errors import DareConfigError
+from dare_hf.recipes.yaml_file import read_yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 TASKS = ("maze", "frozen_lake", "ghost", "scene")
 
@@ -75,8 +82,9 @@ class Recipe:
         Raises:
             DareConfigError: A value that no run could use.
         """
-        names = (self.task,) if isinstance(self.task, str) else tuple(self.task)
-        object.__setattr__(self, "task", names)
+        for name, check in _CHECKS.items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
+        names = self.task
         if bool(names) == bool(self.data):
             raise DareConfigError(
                 f"task, data: expected one of them; got task={list(names)} and data={self.data!r}. "
@@ -84,16 +92,6 @@ class Recipe:
             )
         if unknown := sorted(set(names) - set(TASKS)):
             raise DareConfigError(f"task: expected some of {', '.join(TASKS)}; got {unknown}")
-        least = {"steps": 1, "batch_size": 1, "accumulate": 1, "calibrate": 0}
-        least |= {"save_every": 0, "validate": 0}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise DareConfigError(f"{name}: expected an integer >= {low}; got {value!r}")
-        if not isinstance(self.rate_margin, float) or not 0 < self.rate_margin < 0.5:
-            raise DareConfigError(
-                f"rate_margin: expected a share in (0, 0.5); got {self.rate_margin!r}"
-            )
         if self.validate and (not self.save_every or self.steps % self.save_every):
             raise DareConfigError(
                 "save_every: expected a divisor of the steps where rows are held out (validate), "
@@ -104,6 +102,8 @@ class Recipe:
                 "dare, lora: expected at least one of them to train; got neither. Write dare: {}"
             )
         self.dare_config(())
+        if self.lora is not None:
+            _check_lora(self.lora)
 
     def dare_config(self, delimiters: tuple[int, ...]) -> DareConfig:
         """The configuration of the adapter.
@@ -130,7 +130,7 @@ class Recipe:
         given.setdefault("hop_delimiters", delimiters)
         known = {one.name for one in fields(DareConfig)}
         if unknown := sorted(set(given) - known):
-            raise DareConfigError(f"dare: expected fields of DareConfig; got {', '.join(unknown)}")
+            raise DareConfigError(f"dare: expected fields of DareConfig; got {shown(unknown)}")
         return DareConfig(**given)
 
 
@@ -144,20 +144,82 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
     Raises:
         DareConfigError: The file cannot be read, or does not say what a Recipe needs.
     """
-    import yaml
-
-    try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise DareConfigError(f"config: expected a YAML file; got {path}: {error}") from error
-    if not isinstance(given, dict):
-        raise DareConfigError(f"config: expected names and values in {path}; got {given!r}")
+    given, lines = read_yaml(path)
     given |= {name: value for name, value in overrides.items() if value is not None}
     known = {one.name for one in fields(Recipe)}
     if unknown := sorted(set(given) - known):
         raise DareConfigError(
-            f"config: expected some of {', '.join(sorted(known))}; got {', '.join(unknown)}"
+            f"config: expected some of {', '.join(sorted(known))}; got {', '.join(unknown)[:200]} "
+            f"(line {lines.get(unknown[0])} of {path})"
         )
     if missing := sorted({"model", "out"} - set(given)):
         raise DareConfigError(f"config: expected {' and '.join(missing)} in {path}; got neither")
-    return Recipe(**given)
+    try:
+        return Recipe(**given)
+    except DareConfigError as error:
+        name = next(iter(re.findall(r"\w+", str(error))), "")  # an error begins with its field
+        if name not in lines or name in overrides:
+            raise
+        raise DareConfigError(f"{error} (line {lines[name]} of {path})") from error
+
+
+def _tasks(name: str, value: Any) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(one, str) for one in names):
+        raise refuse(name, "the name of a task, or a list of names", value)
+    return tuple(names)
+
+
+def _members(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise refuse(name, "names and values", value)
+    return value
+
+
+def _check_lora(given: dict[str, Any]) -> None:
+    """Refuse what peft would only refuse when the model has been loaded."""
+    from peft import LoraConfig
+
+    least = {
+        "r": integer("an integer >= 1", 1, 65536),
+        "lora_alpha": number("a number > 0", above=0),
+    }
+    least["lora_dropout"] = number("a number in [0, 1]", least=0, most=1)
+    for name, check in least.items():
+        if name in given:
+            check(name, given[name])
+    try:
+        LoraConfig(**given)
+    except Exception as error:  # peft checks little, and in many ways
+        raise DareConfigError(
+            f"lora: expected fields of peft's LoraConfig; got {shown(given)}: {str(error)[:200]}"
+        ) from error
+
+
+_some = integer("an integer >= 1", 1)
+_any = integer("an integer >= 0", 0)
+_rate = number("a finite number >= 0", least=0)
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "model": text("a model's name, folder or hub id"),
+    "out": text("a folder"),
+    "task": _tasks,
+    "data": optional(text("a file")),
+    "dare": optional(_members),
+    "calibrate": _any,
+    "rate_margin": number("a share in (0, 0.5)", above=0, most=math.nextafter(0.5, 0)),
+    "lora": optional(_members),
+    "load_in_4bit": flag,
+    "steps": _some,
+    "batch_size": _some,
+    "accumulate": _some,
+    "learning_rate": _rate,
+    "router_lr": _rate,
+    "rate_lr": _rate,
+    "warmup": _any,
+    "seed": integer("an integer >= 0", 0, 2**32 - 1),
+    "first": _any,
+    "bf16": flag,
+    "gradient_checkpointing": flag,
+    "save_every": _any,
+    "validate": _any,
+}

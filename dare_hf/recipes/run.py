@@ -72,11 +72,11 @@ def train(recipe: Recipe, resume: bool = False) -> TrainingResult:
     """
     checkpoint = _last_checkpoint(recipe) if resume else None
     set_seed(recipe.seed)
+    arguments = _arguments(recipe)
+    rows, held_out = datasets_of(recipe, arguments.world_size)  # checked before weights are loaded
     model, processor, delimiters = _load(recipe)
     _attach(model, recipe, delimiters)
-    out = Path(recipe.out)
-    arguments, collate = _arguments(recipe), _collator(recipe, model, processor)
-    rows, held_out = datasets_of(recipe, arguments.world_size)
+    out, collate = Path(recipe.out), _collator(recipe, model, processor)
     trainer = DareTrainer(
         model=model,
         args=arguments,

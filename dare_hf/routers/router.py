@@ -60,6 +60,12 @@ class Router(nn.Module):
         else:
             self.register_buffer("rate_logits", start.logit(), persistent=False)
 
+    @staticmethod
+    def saved_shapes(hidden: int, hops: int, learned: bool) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that a router of so many rows of rates has in a file, by name."""
+        own = {"weight": (2, hidden), "bias": (2,)}
+        return own | {"rate_logits": (hops, 2)} if learned else own
+
     def forward(self, hidden: Tensor, modality: Tensor) -> Tensor:
         """`scores`, so that accelerate's offload hooks bring the weights first."""
         return self.scores(hidden, modality)
