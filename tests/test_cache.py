@@ -117,7 +117,7 @@ class TestLayers:
         layer.batch_repeat_interleave(2)
         layer.keep_columns(layer.valid(), [20, 20, 20, 20])
         layer.reorder_cache(torch.tensor([1, 1, 0, 3], device="meta"))
-        layer.set_scores(layer.scores())
+        layer.keep_columns(layer.positions() >= 0, layer.kept_host, layer.scores())
         layer.stage(None, layer.seen + 4, [4] * 4)
         layer.update(*random_kv(4, 4, device="meta"))
         layer.crop(-3)
@@ -188,7 +188,7 @@ class TestStaging:
         for step in range(150):
             decode(layer, 1)
             if step % 2:
-                layer.note_tail_scores(torch.full((1, 1), float(step)))
+                layer._table.note_tail_scores(torch.full((1, 1), float(step)))
         expected = [0.0, 0.0] + [float(s) if s % 2 else 0.0 for s in range(150)]
         assert layer.scores().tolist() == [expected]
         layer.crop(-20)
@@ -319,14 +319,37 @@ class TestQueries:
         assert ring.positions.tolist() == [[1, 2, 3, 4]] * 2
         assert ring.query.shape == (2, 1, 4, 4)
 
+    def test_columns_of_other_rows_crowd_nothing_out(self):
+        """A row that gets nothing while a neighbour gets input remembers what it would alone."""
+        ring = QueryRing.empty(torch.zeros(2, 1, 1, 1), 1.0)
+        alone = QueryRing.empty(torch.zeros(1, 1, 1, 1), 1.0)
+        at = 0
+        for count, is_real in [(3, True), (9, False), (2, True), (1, False), (4, True)]:
+            where = torch.arange(at, at + count)
+            mine = where if is_real else torch.full((count,), -1)
+            both = torch.stack([where, mine])
+            ring = ring.pushed(both[:, None, :, None].float(), both, 6, dense=is_real)
+            if is_real:
+                one = where[None]
+                alone = alone.pushed(one[:, None, :, None].float(), one, 6, dense=True)
+            at += count
+            last = alone.positions[0].tolist()
+            assert ring.positions[1, -len(last) :].tolist() == last
+            assert ring.query[1, 0, -len(last) :, 0].tolist() == last
+            assert ring.positions.shape[1] <= 6
+        before = ring.positions[1].tolist()
+        next_one = torch.full((2, 1), 99)
+        ring = ring.cropped(at - 1, 0).pushed(next_one[:, None, :, None].float(), next_one, 6)
+        assert ring.positions[1].tolist() == [*before[:-1], 99], "a rejected query left a hole"
+
     def test_rows_and_crop_and_rollback(self):
         layer = self.layer()
         ring = layer.ring
         layer.begin()
         layer.reorder_cache(torch.tensor([1, 1, 0]))
         layer.crop(-1)
-        assert layer.ring.positions.tolist() == [[0, 1, -1]] * 3
-        assert layer.ring.query[:, 0, 0, 0].tolist() == [1, 1, 0]
+        assert layer.ring.positions.tolist() == [[-1, 0, 1]] * 3
+        assert layer.ring.query[:, 0, 1, 0].tolist() == [1, 1, 0]
         layer.rollback()
         assert layer.ring is ring
         layer.reset()

@@ -3,8 +3,14 @@
 import pytest
 import torch
 
-from dare_hf.cache import TokenLog
+from dare_hf.cache import DareCache, TokenLog
+from dare_hf.cache.hop_counters import HopCounters
 from dare_hf.errors import DareStateError
+from dare_hf.forward.generation_call import GenerationCall
+from dare_hf.forward.hop_closing import close_context
+from dare_hf.forward.inputs import open_context
+from dare_hf.forward.token_rules import TokenRules
+from dare_hf.simulation.layout import read_layout
 
 
 def test_counts_by_hop_leave_pads_out():
@@ -59,3 +65,22 @@ def test_another_number_of_rows_is_refused():
     log.append(torch.zeros(2, 1), torch.zeros(2, 1))
     with pytest.raises(DareStateError, match="2 rows; got tokens of 3 rows"):
         log.append(torch.zeros(3, 1), torch.zeros(3, 1))
+
+
+def test_hop_numbers_do_not_wrap():
+    """A decode window of one token opens a hop at each; 16 bits end at 32,767."""
+    many, cache = 40_000, DareCache()
+    cache.hop_counters = HopCounters([list(range(many))], [many], barriers=[[]], cuts=[[]])
+    cache.layer(0).advance(many)
+    cache.log.append(torch.zeros(1, many), torch.arange(many)[None])
+    rules = TokenRules((), (), (), False, 2, (), 1)
+    call, arguments = (
+        GenerationCall(prompt_length=1, start=0),
+        {"input_ids": torch.ones(1, 1).long()},
+    )
+    context = open_context(arguments, cache, rules, call)
+    close_context(context, arguments, rules)
+    assert cache.log.hop[0, -2:].tolist() == [many - 1, many]
+    assert cache.hops.tolist() == [many + 1]
+    real, hops = torch.ones(1, many, dtype=torch.bool), torch.arange(many)[None]
+    assert torch.equal(read_layout(None, None, hops, real, rules).hop, hops.int())

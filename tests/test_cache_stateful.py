@@ -287,7 +287,7 @@ class CacheMachine(RuleBasedStateMachine):
         for i, model in self.model.items():
             layer = self.cache.layer(i)
             if layer.rows:
-                layer.set_scores(layer.scores() + 1)
+                layer.keep_columns(layer.positions() >= 0, model.kept, layer.scores() + 1)
                 model.rows = [[(p, token, s + 1) for p, token, s in row] for row in model.rows]
 
     @precondition(

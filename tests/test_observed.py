@@ -28,9 +28,9 @@ def queries(monkeypatch):
     """Every query a layer was told to remember: by cache layer, [B, H, K, d] and positions."""
     seen, inner = defaultdict(list), routed_layer.push_queries
 
-    def record(slot, query, columns, call):
+    def record(slot, query, columns, call, **kwargs):
         seen[id(slot)].append((query, columns.expand(len(query), -1), call.softmax.scaling))
-        return inner(slot, query, columns, call)
+        return inner(slot, query, columns, call, **kwargs)
 
     monkeypatch.setattr(routed_layer, "push_queries", record)
     return seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -15,15 +16,16 @@ from dare_hf.compat import CACHE
 from dare_hf.errors import DareInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from jaxtyping import Int
     from torch import Tensor
     from transformers import PreTrainedConfig
 
+    from dare_hf.cache.columns import ColumnTable
     from dare_hf.report import DareReport
 
-__all__ = ["DareCache", "DareLayer", "HopTracker", "TokenLog"]
+__all__ = ["DareCache", "DareLayer", "HopTracker", "Thinning", "TokenLog"]
 
 
 class Recorder(Protocol):
@@ -61,8 +63,29 @@ class HopTracker(Protocol):
     def reset(self) -> None:
         """Back to an empty sequence."""
 
+    def served(self) -> list[int]:
+        """Per row the hop whose begin was last served by a compaction."""
+
     def snapshot(self) -> HopTracker:
         """A copy that later changes of the counters do not reach."""
+
+
+class Thinning(NamedTuple):
+    """What a compaction has decided for one layer.
+
+    Attributes:
+        layer: The layer.
+        table: Its bookkeeping when that was decided; another one when it was done.
+        keep: Bool[B, C] columns that stay.
+        kept: Real tokens among them per row.
+        scores: Float32[B, C] new scores, None for none.
+    """
+
+    layer: DareLayer
+    table: ColumnTable
+    keep: Tensor
+    kept: list[int]
+    scores: Tensor | None
 
 
 class _Saved(NamedTuple):
@@ -105,6 +128,7 @@ class DareCache(Cache):
         self.recorder: Recorder | None = None
         self._slots: tuple[int, ...] | None = None
         self._saved: _Saved | None = None
+        self._decided: list[Thinning] = []
 
     def arrange(self, slots: tuple[int, ...], config: PreTrainedConfig) -> None:
         """Make room for layers that are not routed between those that are, once.
@@ -221,6 +245,22 @@ class DareCache(Cache):
         """Whether any token has passed; a layer that is never used does not count."""
         return any(layer.is_initialized or layer.seen for layer in self.stored)
 
+    # A compaction that has begun is finished
+
+    def decide(self, decided: list[Thinning]) -> None:
+        """Note what layers shall let go of; it is done before anything else changes the cache."""
+        self._decided = decided
+
+    def settle(self) -> None:
+        """Do what is decided, one layer after the other, so that little memory is in use twice.
+
+        Where memory lacks for a layer, the rest is left for the next call.
+        """
+        for change in self._decided:
+            if change.layer._table is change.table:
+                change.layer.keep_columns(change.keep, change.kept, change.scores)
+        self._decided = []
+
     # What HF changes
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -231,6 +271,7 @@ class DareCache(Cache):
         """
         if tokens_to_remove > 0:
             DareLayer().crop(tokens_to_remove)
+        self.settle()
         seen = self.get_seq_length()
         length = max(seen + tokens_to_remove, 0)
         for layer in self._others.values():
@@ -248,6 +289,7 @@ class DareCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows `beam_idx`, as beam search does."""
+        self.settle()
         even = all(layer.even for layer in self.stored)
         order = None if even else beam_idx.tolist()
         for layer in self.stored:
@@ -264,6 +306,7 @@ class DareCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times in place."""
+        self.settle()
         for layer in self.stored:
             layer.batch_repeat_interleave(repeats)
         for layer in self._others.values():
@@ -278,7 +321,7 @@ class DareCache(Cache):
         for layer in self.layers:
             layer.reset()
         self.log.reset()
-        self._saved = None
+        self._saved, self._decided = None, []
         if self.hop_counters is not None:
             self.hop_counters.reset()
 
@@ -301,6 +344,23 @@ class DareCache(Cache):
         for layer in self.stored:
             layer.commit()
 
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Take back what the block does when it fails, from `begin` on and hop counters before it.
+
+        But for a hop whose compaction was decided: it stays served, and what that leaves to do is
+        done by whatever comes next (`settle`).
+        """
+        before = None if self.hop_counters is None else self.hop_counters.snapshot()
+        try:
+            yield
+        except BaseException:
+            self.rollback()
+            now = [] if self.hop_counters is None else self.hop_counters.served()
+            if sum(now) == (0 if before is None else sum(before.served())):
+                self.hop_counters = before
+            raise
+
     def rollback(self) -> None:
         """Undo everything since `begin`; without one, nothing."""
         saved, self._saved = self._saved, None
@@ -311,7 +371,9 @@ class DareCache(Cache):
             layer.rollback()
         for i, layer in saved.others.items():
             self.layers[i] = layer
-        self.log, self.hop_counters = saved.log, saved.hop_counters
+        self.log, self.hop_counters, self._decided = saved.log, saved.hop_counters, []
+        for layer in self.stored:
+            layer.give_back()
 
 
 def _num_layers(config: PreTrainedConfig) -> int:

@@ -132,6 +132,10 @@ class HopCounters:
         self.ends, self.compacted, self.tail = [], [], None
         self.injected, self.barriers, self.cuts = [], [], []
 
+    def served(self) -> list[int]:
+        """Per row the hop whose begin was last served."""
+        return self.compacted
+
     def snapshot(self) -> HopCounters:
         """A copy that later changes of these counters do not reach; the tail is never written."""
         return HopCounters(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -106,14 +107,6 @@ class DareLayer(CacheLayerMixin):
     def scores(self) -> Float[Tensor, "rows width"]:
         """Score of every column, 0 where none was given."""
         return self._table.scores()
-
-    def set_scores(self, scores: Float[Tensor, "rows width"]) -> None:
-        """Replace the score of every column."""
-        self._table.set_scores(scores)
-
-    def note_tail_scores(self, scores: Float[Tensor, "rows new"]) -> None:
-        """Give scores to the tokens of the dense update just made."""
-        self._table.note_tail_scores(scores)
 
     def kept_lengths(self) -> Int[Tensor, " rows"]:
         """Real tokens stored per row, counted from the bookkeeping on the device."""
@@ -251,27 +244,42 @@ class DareLayer(CacheLayerMixin):
         elif self.keys is None or self.keys.shape[2] != self.width:
             self._show(self.width)
 
-    def _pack(self, keep: Tensor, kept: list[int]) -> None:
+    def _pack(self, keep: Tensor, kept: list[int], table: ColumnTable | None = None) -> None:
         """New slabs of exactly the longest row, with the columns `keep` at their right end."""
         assert self._slabs is not None
+        table = table or self._table.snapshot()
         index, live = right_packed(keep, max(kept))
-        self._slabs = self._slabs.packed(self.width, index)
-        self.plain = False
-        self._table.take(index, live, kept)
-        self._show(self.width)
+        table.take(index, live, kept)
+        slabs = self._slabs.packed(self.width, index)
+        shown = slabs.used(table.width)
+        # Nothing fails from here on.
+        self._table, self._slabs, self.plain = table, slabs, False
+        self.keys, self.values = shown
 
-    def keep_columns(self, keep: Bool[Tensor, "rows width"], kept: list[int]) -> None:
+    def keep_columns(
+        self,
+        keep: Bool[Tensor, "rows width"],
+        kept: list[int],
+        scores: Float[Tensor, "rows width"] | None = None,
+    ) -> None:
         """Compaction: hold only the real tokens of `keep`, and free the memory of the others.
+
+        All or nothing.
 
         Args:
             keep: Columns to hold.
             kept: Real tokens among them per row.
+            scores: New scores of all columns; None leaves them.
         """
-        if self._slabs is None or kept == self.kept_host:
+        if self._slabs is None or (kept == self.kept_host and scores is None):
             return
-        self.plain = False
-        self._pack(keep.to(self.device) & (self.positions() >= 0), kept)
-        self._fit()
+        table = self._table.snapshot()
+        if scores is not None:
+            table.set_scores(scores)
+        if kept == self.kept_host:
+            self._table = table
+        else:
+            self._pack(keep.to(self.device) & (table.positions() >= 0), kept, table)
 
     # What HF calls
 
@@ -337,7 +345,7 @@ class DareLayer(CacheLayerMixin):
         else:
             positions = table.positions()
             self._pack((positions >= 0) & (positions < seen), kept)
-            table.seen = seen
+            self._table.seen = seen
 
     def reorder_cache(self, beam_idx: Tensor, order: list[int] | None = None) -> None:
         """Take the rows `beam_idx`; `order` is the same on the host, when the caller knows."""
@@ -383,4 +391,10 @@ class DareLayer(CacheLayerMixin):
         self._table, self._slabs, self.plain, self.ring = saved
         self.is_initialized = self._slabs is not None
         self.keys = self.values = None
-        self._fit()
+        if self._slabs is not None:
+            self._show(self.width)
+
+    def give_back(self) -> None:
+        """Free what a rollback left too much of; where memory lacks for that, it is left."""
+        with suppress(RuntimeError):
+            self._fit()

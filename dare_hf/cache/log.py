@@ -43,7 +43,7 @@ class TokenLog:
     @property
     def hop(self) -> Int[Tensor, "rows tokens"]:
         """Hop of each token; means nothing where the modality is pad."""
-        self._hop = self._joined(self._hop, torch.int16)
+        self._hop = self._joined(self._hop, torch.int32)
         return self._hop[0]
 
     @property
@@ -81,7 +81,7 @@ class TokenLog:
             absent = torch.zeros_like(modality, dtype=torch.bool)
             self._always.append(absent if always is None else always)
         self._modality.append(modality.to(torch.int8))
-        self._hop.append(hop.to(torch.int16))
+        self._hop.append(hop.to(torch.int32))
         self._length += modality.shape[1]
         if len(self._modality) >= _MERGE_AT:
             self._each(lambda whole: whole)

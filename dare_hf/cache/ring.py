@@ -36,7 +36,10 @@ class QueryRing:
 
     def until(self, ends: Tensor, window: int) -> QueryRing:
         """Each row's last `window` queries at logical positions <= `ends` [B]."""
-        able = (self.positions >= 0) & (self.positions <= ends[:, None])
+        return self._last((self.positions >= 0) & (self.positions <= ends[:, None]), window)
+
+    def _last(self, able: Tensor, window: int) -> QueryRing:
+        """Each row's last `window` queries that are `able` [B, W], at the right end."""
         order = torch.arange(1, able.shape[1] + 1, device=able.device) * able
         last = order.topk(min(window, able.shape[1]), dim=1).values.flip(1)
         index = (last - 1).clamp(min=0)
@@ -44,12 +47,28 @@ class QueryRing:
         where = self.positions.gather(1, index).masked_fill(last == 0, -1)
         return replace(self, query=self.query.gather(2, view), positions=where)
 
-    def pushed(self, query: Tensor, positions: Tensor, window: int) -> QueryRing:
-        """With [B, H, q, d] newer queries, the oldest beyond `window` forgotten."""
-        new, at = query.detach()[:, :, -window:], positions[:, -window:]
-        joined = torch.cat([self.query, new], dim=2)[:, :, -window:]
-        where = torch.cat([self.positions, at], dim=1)[:, -window:]
-        return replace(self, query=joined, positions=where)
+    def pushed(
+        self, query: Tensor, positions: Tensor, window: int, *, dense: bool = True
+    ) -> QueryRing:
+        """With [B, H, q, d] newer queries, each row's oldest beyond `window` forgotten.
+
+        Args:
+            query: Newer queries.
+            positions: Long[B, q] their logical positions, -1 for fills and pads.
+            window: Queries to remember.
+            dense: Whether none is -1. Else a row's own are found among them: what neighbours
+                bring must not crowd them out.
+        """
+        new = replace(self, query=query.detach(), positions=positions)
+        if dense:
+            new = replace(new, query=new.query[:, :, -window:], positions=positions[:, -window:])
+        else:
+            new = new._last(positions >= 0, window)
+        joined = torch.cat([self.query, new.query], dim=2)
+        where = torch.cat([self.positions, new.positions], dim=1)
+        if not dense:
+            return replace(self, query=joined, positions=where)._last(where >= 0, window)
+        return replace(self, query=joined[:, :, -window:], positions=where[:, -window:])
 
     def cropped(self, length: int, dense: int) -> QueryRing:
         """Without queries at logical positions >= `length`.
@@ -63,8 +82,8 @@ class QueryRing:
             stay = max(self.positions.shape[1] - dense, 0)
             query, positions = self.query[:, :, :stay], self.positions[:, :stay]
             return replace(self, query=query, positions=positions)
-        gone = self.positions >= length
-        return replace(self, positions=self.positions.masked_fill(gone, -1))
+        stays = (self.positions >= 0) & (self.positions < length)
+        return self._last(stays, self.positions.shape[1])
 
     def rows(self, index: Tensor) -> QueryRing:
         """The rows `index` [B']."""

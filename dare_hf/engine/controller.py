@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from dare_hf.engine.recorder import NewestRun, Recorder
 from dare_hf.engine.thread_state import OpenForward, Repeats, ThreadState
 from dare_hf.errors import DareStateError
 from dare_hf.forward.hop_closing import close_context
-from dare_hf.forward.inputs import open_context
+from dare_hf.forward.inputs import open_context, without_own
 from dare_hf.hops.compaction import compact
 from dare_hf.hops.eviction import never_thins
 from dare_hf.hops.in_forward import InnerHops
@@ -28,19 +28,16 @@ from dare_hf.report.flops import shapes_of
 from dare_hf.simulation import SimulationRecord, open_simulation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from dare_hf.architectures.locate import Anatomy
     from dare_hf.engine.active_adapter import ActiveAdapter
     from dare_hf.engine.settings import Settings
     from dare_hf.forward.facts import ForwardContext
     from dare_hf.forward.generation_call import GenerationCall
+    from dare_hf.hops.compaction import Compaction
     from dare_hf.report.flops import LayerShape
     from dare_hf.routers.router import Router
-
-
-# Keyword arguments of a forward that the model itself never sees.
-_OWN = ("modality_mask", "hop_ids")
 
 
 class Controller:
@@ -201,7 +198,7 @@ class Controller:
         if self.disabled:
             self.newest.note_uncounted()
         if self.disabled or self._local.contexts:
-            return _without_own(kwargs)
+            return without_own(kwargs)
         _check_recorded()
         self.follow_adapter()
         check_caches(kwargs)
@@ -209,21 +206,25 @@ class Controller:
         call = self._local.calls[-1] if self._local.calls else None
         if call is None and self._open_simulation(module, kwargs):
             self._keep_span(kwargs)
-            return _without_own(kwargs) | {"use_cache": False, CACHE: None}
+            return without_own(kwargs) | {"use_cache": False, CACHE: None}
         cache = self._cache_for(kwargs)
         started = time.perf_counter()
         taught = kwargs | self._local.lesson if call is None else kwargs
-        context = open_context(taught, cache, self.rules, call)
-        recorder = self._recorder(cache, call)
-        if cache is not None:
-            recorder.note_compaction(compact(cache, self.config, self.table, self._expanders))
-            cache.begin()
-        if InnerHops.inside(context, self.config):
-            log = cache.log if cache is not None else TokenLog()
-            context.inner_hops = InnerHops(context, log, self.config, self.table)
+        with nullcontext() if cache is None else cache.all_or_nothing():
+            context = open_context(taught, cache, self.rules, call)
+            recorder = self._recorder(cache, call)
+            if cache is not None:
+                self._compact(cache, recorder.note_compaction)
+                cache.begin()
+            if InnerHops.inside(context, self.config):
+                log = cache.log if cache is not None else TokenLog()
+                context.inner_hops = InnerHops(context, log, self.config, self.table)
         self._local.contexts.append(OpenForward(module, context, kwargs, started, recorder))
         self._keep_span(kwargs)
-        return _without_own(kwargs)
+        return without_own(kwargs)
+
+    def _compact(self, cache: DareCache, note: Callable[[Compaction], None]) -> None:
+        compact(cache, self.config, self.table, self._expanders, note)
 
     def _keep_span(self, kwargs: dict[str, Any]) -> None:
         """Let no layer be cut to a part of the span, from which no token could be chosen.
@@ -299,16 +300,21 @@ class Controller:
             if cache is not None:
                 cache.rollback()
             return
-        if cache is not None:
-            cache.commit()
-        close_context(context, entry.kwargs, self.rules)
         recorder = entry.recorder
         assert recorder is not None
-        recorder.note_forward(context)
-        capped = self.config.max_kv_tokens is not None
         ended = context.span_ends is not None and not any(context.sampled)
-        if capped and cache is not None and ended:
-            recorder.note_compaction(compact(cache, self.config, self.table, self._expanders))
+        left: list[Compaction] = []
+        with nullcontext() if cache is None else cache.all_or_nothing():
+            close_context(context, entry.kwargs, self.rules)
+            recorder.read(context)
+            if self.config.max_kv_tokens is not None and cache is not None and ended:
+                self._compact(cache, left.append)
+        # Nothing fails from here on: a forward whose caller got an error has left no trace.
+        if cache is not None:
+            cache.commit()
+        recorder.note_forward(context)
+        for compaction in left:
+            recorder.note_compaction(compaction)
         context.cache = None
         if not self._local.calls:
             recorder.builder.seconds(time.perf_counter() - entry.started)
@@ -374,11 +380,6 @@ class Controller:
             call.recorder.builder.set_seconds(time.perf_counter() - call.started)
             call.recorder.freeze()
             self.newest.finish(call.recorder)
-
-
-def _without_own(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments without those that only DARE reads."""
-    return {name: value for name, value in kwargs.items() if name not in _OWN}
 
 
 @torch.compiler.assume_constant_result  # so that a strict export lets the error through

@@ -75,6 +75,8 @@ class Recorder:
         self._begun: list[int] = []
         self._kept: list[list[int]] = []
         self._frozen = False
+        self._carried: list[int] = []
+        self._counted: tuple[HeldCounts, list[list[int]]] | None = None
         for note in (*controller.notes, *controller.settings.notes):
             self.builder.note(note)
         self._asked = _asked(controller.settings)
@@ -88,17 +90,31 @@ class Recorder:
     def cache(self, cache: DareCache | None) -> None:
         self._cache = weakref.ref(cache) if cache is not None else None
 
-    def note_compaction(self, compaction: Compaction | None) -> None:
+    def note_compaction(self, compaction: Compaction) -> None:
         """Take over what a compaction left; the hop's own span may still be added to it."""
-        if compaction is None:
-            return
         self._begun = compaction.hops
         self._totals = [list(t) for t in compaction.totals]
         if compaction.held:
             self._held = self._padded(compaction.held)
 
+    def read(self, context: ForwardContext) -> None:
+        """Ask the device what only it knows, after the layers ran and before `note_forward`.
+
+        All that can fail is here, so that a forward is counted once or not at all.
+        """
+        batch, cache = context.batch, context.cache
+        self._carried, self._counted = [0] * batch, None
+        if not context.past or cache is None:
+            return
+        if len(self._real) != batch:
+            rows = zip(cache.log.counts_by_hop(), context.real_counts, strict=True)
+            self._carried = [sum(map(sum, row)) - real for row, real in rows]
+        if len(self._held) != len(self.shapes) or len(self._totals) != batch:
+            # a carried cache that nobody has counted in this run; its own span is in it already
+            self._counted = stored_counts(cache, context.span_hop)
+
     def note_forward(self, context: ForwardContext) -> None:
-        """Count one forward, after its layers ran."""
+        """Count one forward, from host numbers alone; its device was asked by `read`."""
         layers, plans = range(len(self.shapes)), context.plans
         self._ran = set(plans)
         running = {id(plan): plan.running(context) for plan in plans.values()}
@@ -116,11 +132,7 @@ class Recorder:
             self._kept = _kept(context.cache, len(self.shapes))
         real = context.real_counts
         if len(self._real) != context.batch or context.past == 0:
-            carried = [0] * context.batch
-            if context.past and context.cache is not None:
-                carried = [sum(map(sum, row)) for row in context.cache.log.counts_by_hop()]
-                carried = [n - r for n, r in zip(carried, real, strict=True)]
-            self._real = carried
+            self._real = self._carried
         self._real = [a + b for a, b in zip(self._real, real, strict=True)]
         phase: Phase = "decode" if context.span is None else "prefill"
         self.builder.forward(queries, keys, real, self._real, phase, tails)
@@ -153,11 +165,8 @@ class Recorder:
         if context.past == 0:
             self._totals = [[0, 0] for _ in range(batch)]
             self._held = [[[0, 0] for _ in range(batch)] for _ in self.shapes]
-        cache = context.cache
-        uncounted = len(self._held) != len(self.shapes) or len(self._totals) != batch
-        if uncounted and cache is not None:
-            # a carried cache that nobody has counted in this run; its own span is in it already
-            held, self._totals = stored_counts(cache, context.span_hop)
+        if self._counted is not None:
+            held, self._totals = self._counted
             self._held = self._padded(held)
         elif context.span is not None:
             for row, counts in enumerate(context.counts):

@@ -75,7 +75,9 @@ class LayerState:
                 score_span(context, self.index, tensors, call)
             if self.controller.keeps_queries(self.index) and context.cache is not None:
                 running = context.columns[:, -tensors[0].shape[2] :]
-                push_queries(context.cache.layer(self.index), tensors[0], running, call)
+                dense = context.plans[self.index].live is None
+                slot = context.cache.layer(self.index)
+                push_queries(slot, tensors[0], running, call, dense=dense)
 
     def _watched(self) -> ForwardContext | None:
         context = self.controller.context

@@ -43,7 +43,7 @@ class ForwardContext:
         past: P logical columns before them.
         cache: The cache in use, None for a forward without one.
         modality: Int8[B, S], TEXT, VISION or PAD.
-        token_hop: Int16[B, S].
+        token_hop: Int32[B, S].
         valid: Bool[B, S], None when no new column is padding.
         always: Bool[B, S] tokens kept by their id; None when no id is.
         span: Bool[B, S] real tokens to be routed as a span; None when there are none.

@@ -24,6 +24,14 @@ if TYPE_CHECKING:
     from dare_hf.forward.generation_call import GenerationCall
     from dare_hf.forward.token_rules import TokenRules
 
+# Keyword arguments of a forward that the model itself never sees.
+_OWN = ("modality_mask", "hop_ids")
+
+
+def without_own(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments without those that only DARE reads."""
+    return {name: value for name, value in kwargs.items() if name not in _OWN}
+
 
 def open_context(
     arguments: Mapping[str, Any],
@@ -287,8 +295,8 @@ class _Reader:
         return bool(self.rules.delimiters) or sampled is not None
 
     def _token_hops(self, hops: list[int], closing: list[list[int]]) -> Tensor:
-        """Int16[B, S]: the hop of each new token; a delimiter belongs to the hop it closes."""
-        base = torch.tensor(hops, dtype=torch.int16, device=self.device)
+        """Int32[B, S]: the hop of each new token; a delimiter belongs to the hop it closes."""
+        base = torch.tensor(hops, dtype=torch.int32, device=self.device)
         token_hop = base[:, None].expand(-1, self.length)
         if not any(closing) or self.length == 1:
             return token_hop

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
+from dare_hf.cache import Thinning
 from dare_hf.cache.hop_counters import counters_of
 from dare_hf.hops.eviction import HopPruner, StoredTokens
 from dare_hf.routing.kinds import TEXT, VISION
 from dare_hf.scoring.observe import observed_scores
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -55,11 +57,13 @@ def compact(
     config: DareConfig,
     table: RetentionTable,
     expanders: Sequence[Expand | None] | None = None,
-) -> Compaction | None:
+    note: Callable[[Compaction], None] | None = None,
+) -> None:
     """Prune the stored tokens of closed hops in the rows whose hop has begun.
 
     What stays is `HopPruner`'s law; the memory of what goes is freed. Several hops that closed in
-    one forward are served one after the other.
+    one forward are served one after the other. A hop is decided for all layers before any changes;
+    where memory lacks while they do, the next call does the rest, so that it may be called again.
 
     Args:
         cache: The cache; its hop counters say which rows are due.
@@ -67,18 +71,21 @@ def compact(
         table: Rates by hop, layer and modality.
         expanders: For each layer what makes keys and values of the latents it stores, None where it
             stores keys; None where all do.
-
-    Returns:
-        What the last hop that began left; None when no row was due.
+        note: Told what each hop leaves, once that is decided.
 
     Source: docs/method.md, section 5.
     """
-    done = None
+    cache.settle()
     while any(due := due_rows(cache)):
         state = counters_of(cache)
-        state.compacted = [max(a, b) for a, b in zip(state.compacted, due, strict=True)]
-        done = _begin_hops(cache, config, table, due, expanders)
-    return done
+        served = [max(a, b) for a, b in zip(state.compacted, due, strict=True)]
+        found, decided = _begin_hops(cache, config, table, due, expanders)
+        # Nothing fails between these two: a hop is served when what it leaves is decided.
+        state.compacted = served
+        cache.decide(decided)
+        if note is not None:
+            note(found)
+        cache.settle()
 
 
 def _begin_hops(
@@ -87,39 +94,48 @@ def _begin_hops(
     table: RetentionTable,
     due: list[int],
     expanders: Sequence[Expand | None] | None,
-) -> Compaction:
+) -> tuple[Compaction, list[Thinning]]:
+    """What one hop leaves in the rows that are due, and what that changes; nothing is yet."""
     pruner = HopPruner(cache.log, config, table, due)
     if max(due) == 1 and config.max_kv_tokens is None:
-        return Compaction(due, [], pruner.totals())
+        return Compaction(due, [], pruner.totals()), []
     state = counters_of(cache)
     pairs = zip(state.ends, due, strict=True)
     ends = [row[hop - 1] if hop else -1 for row, hop in pairs]
     slots = [(i, slot) for i, slot in enumerate(cache.stored) if slot.rows]
     expand = dict(enumerate(expanders or ()))
-    keeps = [pruner.keep(i, _tokens(slot, config, ends, expand.get(i))) for i, slot in slots]
+    scores: dict[int, Tensor] = {}
+    keeps = []
+    for i, slot in slots:
+        tokens = _tokens(slot, config, ends, expand.get(i), partial(scores.__setitem__, i))
+        keeps.append(pruner.keep(i, tokens))
     left = [
         pruner.counts_left(slot.positions(), keep)
         for (_, slot), keep in zip(slots, keeps, strict=True)
     ]
     held: HeldCounts = [[[0, 0] for _ in due] for _ in cache.stored]
+    decided = []
     for (i, slot), keep, rows in zip(slots, keeps, _to_host(left), strict=True):
         held[i] = [row[:2] for row in rows]
         kept = [row[2] for row in rows]
-        if kept != slot.kept_host:
-            slot.keep_columns(keep, kept)
-    return Compaction(due, held, pruner.totals())
+        decided.append(Thinning(slot, slot._table, keep, kept, scores.get(i)))
+    return Compaction(due, held, pruner.totals()), decided
 
 
 def _tokens(
-    slot: DareLayer, config: DareConfig, ends: list[int], expand: Expand | None
+    slot: DareLayer,
+    config: DareConfig,
+    ends: list[int],
+    expand: Expand | None,
+    renew: Callable[[Tensor], None],
 ) -> StoredTokens:
-    """The layer's stored tokens; under "observed" its ring scores them anew."""
+    """The layer's stored tokens; under "observed" its ring scores them anew, which `renew` gets."""
     if config.resolved_hop_score != "observed" or slot.ring is None:
         return StoredTokens(slot.positions(), slot.scores())
 
     def observed(closed: Tensor) -> Tensor:
         scores = renewed(slot.scores(), observed_scores(slot, closed, ends, expand), closed)
-        slot.set_scores(scores)
+        renew(scores)
         return scores
 
     return StoredTokens(slot.positions(), observed)

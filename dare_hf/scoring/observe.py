@@ -38,7 +38,9 @@ class AttentionCall(NamedTuple):
     mask: Any
 
 
-def push_queries(slot: DareLayer, query: Tensor, columns: Tensor, call: AttentionCall) -> None:
+def push_queries(
+    slot: DareLayer, query: Tensor, columns: Tensor, call: AttentionCall, *, dense: bool
+) -> None:
     """Remember the layer's last queries for the scores of hops that close later.
 
     Args:
@@ -46,9 +48,11 @@ def push_queries(slot: DareLayer, query: Tensor, columns: Tensor, call: Attentio
         query: [B, H, K, d] of the running tokens.
         columns: Long[B|1, K] their logical positions, -1 for fills and pads.
         call: How their attention is called.
+        dense: Whether none is -1.
     """
     ring = slot.ring or QueryRing.empty(query, call.softmax)
-    slot.ring = ring.pushed(query, columns.to(query.device).expand(query.shape[0], -1), RING)
+    columns = columns.to(query.device).expand(query.shape[0], -1)
+    slot.ring = ring.pushed(query, columns, RING, dense=dense)
 
 
 def observed_scores(

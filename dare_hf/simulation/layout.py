@@ -24,7 +24,7 @@ class Layout(NamedTuple):
     """What each token of a batch would have been in a step-by-step run; on the CPU.
 
     Attributes:
-        hop: Int16[B, S], that of the token before for pads.
+        hop: Int32[B, S], that of the token before for pads.
         sampled: Bool[B, S], False for the prompt, injected tokens and pads.
         injects: Whether any row has a span after its prompt.
     """
@@ -76,7 +76,7 @@ def read_layout(
         ends = delimiter_ends(written, None, rules.delimiters)
     rows = zip(sampled.tolist(), real.tolist(), ends.tolist(), strict=True)
     found = [_derive_row(*row, rules.window) for row in rows]
-    hop = torch.tensor([hops for hops, _ in found], dtype=torch.int16)
+    hop = torch.tensor([hops for hops, _ in found], dtype=torch.int32)
     return Layout(hop, sampled, any(injects for _, injects in found))
 
 
@@ -126,7 +126,7 @@ def _given(hop_ids: Tensor, sampled: Tensor, real: Tensor) -> Layout:
                 )
         injects = injects or any(s and h > 0 for s, h in zip(spans, hops, strict=True))
         rows.append(_filled(hop_ids[row].tolist(), real[row].tolist()))
-    return Layout(torch.tensor(rows, dtype=torch.int16), sampled, injects)
+    return Layout(torch.tensor(rows, dtype=torch.int32), sampled, injects)
 
 
 def _filled(hops: list[int], real: list[bool]) -> list[int]:
