@@ -275,7 +275,7 @@ class DareConfig(PeftConfig):
         return fields
 
     @classmethod
-    def frompeft_type_of(cls, **kwargs: Any) -> "DareConfig":
+    def from_peft_type(cls, **kwargs: Any) -> "DareConfig":
         """Build from the fields of an ``adapter_config.json``, without PEFT's table of methods.
 
         Raises:
