@@ -121,7 +121,9 @@ def test_gradients_are_finite_differences(fields, exact_norms, monkeypatch):
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 5.0])
-def test_a_closed_gate_says_what_opening_its_key_would_change(sharpness):
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_a_closed_gate_says_what_opening_its_key_would_change(sharpness, softcap, sinks):
     """Per head: attention with the key less attention without it, in the loss's direction."""
     generator = torch.Generator().manual_seed(0)
 
@@ -136,17 +138,22 @@ def test_a_closed_gate_says_what_opening_its_key_would_change(sharpness):
     for row in range(2, 6):
         closed[0, 0, row, columns[row]] = True
 
+    sink = draw(4) if sinks else None
+    whole_key, whole_value = (part.repeat_interleave(2, dim=1) for part in (key, value))
+
     def attend(mask):
-        full = {"scale": 8**-0.5, "enable_gqa": True}
-        return torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, **full
-        )
+        logits = query @ whole_key.transpose(-1, -2) * 8**-0.5
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        weights = torch.exp(logits + mask)
+        taken = 0 if sink is None else torch.exp(sink)[:, None, None]
+        return weights / (weights.sum(-1, keepdim=True) + taken) @ whole_value
 
     barred = torch.zeros(1, 1, 6, 6, dtype=torch.float64).masked_fill(~causal, -torch.inf)
     soft = torch.zeros(1, 1, 6, 6, dtype=torch.float64, requires_grad=True)
     gate = gates.straight_through(~closed, soft)
     mask = mark_closed(barred + gates.log_gates(gate), closed)
-    used = damped(mask, (query, key, value), Softmax(8**-0.5))
+    rules = Softmax(8**-0.5, softcap=softcap, sinks=sink)
+    used = damped(mask, (query, key, value), rules)
     (attend(used) * toward).sum().backward()
     hidden = barred.masked_fill(closed, -torch.inf)
     without = (attend(hidden) * toward).sum()
