@@ -60,9 +60,11 @@ register_scorer(SCORER, hashed_scores)
 
 
 @functools.cache
-def shared_model(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32):
+def shared_model(
+    name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0
+):
     """Return a model no test may leave patched; building one takes longer than a forward."""
-    return tiny_model(name, attn_implementation=attention, dtype=dtype)
+    return tiny_model(name, attn_implementation=attention, dtype=dtype, seed=seed)
 
 
 def rows_of(model, images=(1,), **kwargs: Any) -> list[dict[str, Any]]:

@@ -89,14 +89,15 @@ def cases(attention: str):
 
 
 @functools.cache
-def oracle_model(name: str, attention: str, dtype: torch.dtype):
+def oracle_model(name: str, attention: str, dtype: torch.dtype, seed: int = 0):
     """Return the same model as the shared one, never patched."""
-    return tiny_model(name, attn_implementation=attention, dtype=dtype)
+    return tiny_model(name, attn_implementation=attention, dtype=dtype, seed=seed)
 
 
-def hold_to_oracle(name, attention, dtype, inputs, fields, tolerance):
+def hold_to_oracle(name, attention, dtype, inputs, fields, tolerance, seed=0):
     """Compare one prompt's logits and kept counts, then every step of a generate after it."""
-    model, plain = shared_model(name, attention, dtype), oracle_model(name, attention, dtype)
+    which = (name, attention, dtype, seed)
+    model, plain = shared_model(*which), oracle_model(*which)
     routing, span = routing_of(fields), inputs["input_ids"].shape[1]
     with dare(model, **fields):
         logits = forward(model, inputs).logits
@@ -142,11 +143,10 @@ def test_rows_without_a_pad_that_keep_other_numbers_are_the_oracle(name, pruned)
 @pytest.mark.parametrize("rows", BATCHES)
 @pytest.mark.parametrize(("name", "routing"), list(cases("eager")))
 def test_compact_is_the_oracle_under_eager(name, routing, rows):
-    # Eager in float64 gives NaN in the pad rows of unpatched HF models.
-    inputs = inputs_of(shared_model(name, "eager"), BATCHES[rows])
-    hold_to_oracle(
-        name, "eager", torch.float32, inputs, ROUTINGS[routing], tolerance=FP32_TOLERANCE
-    )
+    # Eager in float64 gives NaN in the pad rows of unpatched HF models. In float32 two scores may
+    # be 1e-7 apart, and another CPU's kernels take the other token: the seed is one without.
+    inputs, fields = inputs_of(shared_model(name, "eager"), BATCHES[rows]), ROUTINGS[routing]
+    hold_to_oracle(name, "eager", torch.float32, inputs, fields, tolerance=FP32_TOLERANCE, seed=1)
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
