@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -62,16 +63,18 @@ def cases(fast: bool):
             yield pytest.param(name, fields, kind, id=f"{name}-{fields}-{kind}")
 
 
-def faults(model, name, fields, kind):
-    return Faults(model, *prepared(model, kind))
+@contextmanager
+def faulty(name: str, fields: str, kind: str):
+    """The forward of a case, ready to fail at any of its allocations."""
+    config = {**PRUNED, **FIELDS[fields], **FORWARDS[kind], "hop_delimiters": (DELIMITER,)}
+    model = shared_model(name)
+    with dare(model, **config):
+        yield Faults(model, *prepared(model, kind))
 
 
 @pytest.mark.parametrize(("name", "fields", "kind"), list(cases(fast=True)))
 def test_a_forward_that_failed_can_be_repeated(name, fields, kind):
-    config = {**PRUNED, **FIELDS[fields], **FORWARDS[kind], "hop_delimiters": (DELIMITER,)}
-    model = shared_model(name)
-    with dare(model, **config):
-        faults = Faults(model, *prepared(model, kind))
+    with faulty(name, fields, kind) as faults:
         assert faults.count > 100
         for number in random.Random(name + kind).sample(range(faults.count), SAMPLE):
             faults.hold(number)
@@ -81,10 +84,7 @@ def test_a_forward_that_failed_can_be_repeated(name, fields, kind):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("name", "fields", "kind"), list(cases(fast=False)))
 def test_a_forward_can_be_repeated_after_many_faults(name, fields, kind):
-    config = {**PRUNED, **FIELDS[fields], **FORWARDS[kind], "hop_delimiters": (DELIMITER,)}
-    model = shared_model(name)
-    with dare(model, **config):
-        faults = Faults(model, *prepared(model, kind))
+    with faulty(name, fields, kind) as faults:
         # all of them, some 43,000, take two hours: FAULT_STRIDE=1
         for number in range(0, faults.count, int(os.environ.get("FAULT_STRIDE", "97"))):
             faults.hold(number)
