@@ -27,12 +27,19 @@ STEPS = [40, 3, 5, 1, 2, 1, 4]
 def queries(monkeypatch):
     """Every query a layer was told to remember: by cache layer, [B, H, K, d] and positions."""
     seen, inner = defaultdict(list), routed_layer.push_queries
+    inner_next = routed_layer.push_next
 
     def record(slot, query, columns, call, **kwargs):
         seen[id(slot)].append((query, columns.expand(len(query), -1), call.softmax.scaling))
         return inner(slot, query, columns, call, **kwargs)
 
+    def record_next(slot, query, past, call):
+        columns = torch.full((len(query), 1), past)
+        seen[id(slot)].append((query, columns, call.softmax.scaling))
+        return inner_next(slot, query, past, call)
+
     monkeypatch.setattr(routed_layer, "push_queries", record)
+    monkeypatch.setattr(routed_layer, "push_next", record_next)
     return seen
 
 

@@ -185,6 +185,16 @@ def _check_layers(layers: tuple[nn.Module, ...], text_config: Any) -> tuple[int,
     return tuple(slots)
 
 
+def sees_all(attention: Any, text_config: Any) -> bool:
+    """Whether tokens of this attention see every token before them: no window, no chunks."""
+    types = getattr(text_config, "layer_types", None)
+    index = getattr(attention, "layer_idx", None)
+    if types and index is not None:
+        return types[index] == "full_attention"
+    limits = ("sliding_window", "attention_chunk_size")
+    return all(getattr(text_config, name, None) is None for name in limits)
+
+
 def _sources(layers: tuple[nn.Module, ...], text_config: Any) -> tuple[int, ...]:
     """The layer whose keys each layer reads: the last earlier one of its type that owns any.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from transformers.cache_utils import Cache
 
-from dare_hf.cache.layer import DareLayer
+from dare_hf.cache.layer import BeforeStep, DareLayer
 from dare_hf.cache.log import TokenLog
 from dare_hf.cache.mixed import other_layers, row_count, select_rows, snapshot
 from dare_hf.compat import CACHE
@@ -95,6 +95,7 @@ class _Saved(NamedTuple):
     log: TokenLog
     hop_counters: HopTracker | None
     others: dict[int, Any]
+    steps: list[BeforeStep] | None
 
 
 class DareCache(Cache):
@@ -112,6 +113,7 @@ class DareCache(Cache):
         log: Modality and hop of every logical token.
         hop_counters: Hop counters of the rows; None until a model with DARE has run.
         recorder: Who counted the run this cache was last used in, or None.
+        changes: Goes up whenever rows or columns go or move; forwards only add.
 
     Raises:
         DareInputError: `config` is not a transformers config.
@@ -129,6 +131,7 @@ class DareCache(Cache):
         self._slots: tuple[int, ...] | None = None
         self._saved: _Saved | None = None
         self._decided: list[Thinning] = []
+        self.changes = 0
 
     def arrange(self, slots: tuple[int, ...], config: PreTrainedConfig) -> None:
         """Make room for layers that are not routed between those that are, once.
@@ -256,6 +259,7 @@ class DareCache(Cache):
 
         Where memory lacks for a layer, the rest is left for the next call.
         """
+        self.changes += bool(self._decided)
         for change in self._decided:
             if change.layer._table is change.table:
                 change.layer.keep_columns(change.keep, change.kept, change.scores)
@@ -283,6 +287,7 @@ class DareCache(Cache):
             layer.crop(tokens_to_remove, known.get(i))
         if tokens_to_remove == 0:
             return
+        self.changes += 1
         self.log.crop(length)
         if self.hop_counters is not None:
             self.hop_counters.crop(length, seen)
@@ -292,6 +297,7 @@ class DareCache(Cache):
         self.settle()
         even = all(layer.even for layer in self.stored)
         order = None if even else beam_idx.tolist()
+        self.changes += 1
         for layer in self.stored:
             layer.reorder_cache(beam_idx, order)
         for layer in self._others.values():
@@ -307,6 +313,7 @@ class DareCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times in place."""
         self.settle()
+        self.changes += 1
         for layer in self.stored:
             layer.batch_repeat_interleave(repeats)
         for layer in self._others.values():
@@ -321,28 +328,35 @@ class DareCache(Cache):
         for layer in self.layers:
             layer.reset()
         self.log.reset()
+        self.changes += 1
         self._saved, self._decided = None, []
         if self.hop_counters is not None:
             self.hop_counters.reset()
 
     # A forward that fails leaves no trace
 
-    def begin(self) -> None:
+    def begin(self, *, step: bool = False) -> None:
         """Remember everything, until `commit` or `rollback`; called when a forward starts.
 
         Memory that is freed before the commit is held until then: compact before beginning.
+
+        Args:
+            step: The forward adds one real token to every row of every layer, and nothing else.
         """
-        for layer in self.stored:
-            layer.begin()
+        steps = [layer.before_step() for layer in self.stored] if step else None
+        if steps is None:
+            for layer in self.stored:
+                layer.begin()
         others = {i: snapshot(layer) for i, layer in self._others.items()}
         counters = None if self.hop_counters is None else self.hop_counters.snapshot()
-        self._saved = _Saved(len(self.layers), self.log.snapshot(), counters, others)
+        self._saved = _Saved(len(self.layers), self.log.snapshot(), counters, others, steps)
 
     def commit(self) -> None:
         """Keep what has happened since `begin`; called when a forward ends."""
-        self._saved = None
-        for layer in self.stored:
-            layer.commit()
+        saved, self._saved = self._saved, None
+        if saved is None or saved.steps is None:
+            for layer in self.stored:
+                layer.commit()
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
@@ -369,6 +383,8 @@ class DareCache(Cache):
         del self.layers[saved.layers :]
         for layer in self.stored:
             layer.rollback()
+        for before in saved.steps or ():
+            before.layer.undo_step(before)
         for i, layer in saved.others.items():
             self.layers[i] = layer
         self.log, self.hop_counters, self._decided = saved.log, saved.hop_counters, []

@@ -168,12 +168,16 @@ class ColumnTable:
             self._kept_head = [kept - count for kept in self._kept_head]
             self.pos = None if self.pos is None else self.pos[:, : self.head]
             self.score = None if self.score is None else self.score[:, : self.head]
+            self.seen = seen
         else:
-            self.tail -= count
-            end = self.width
-            chunks = [(s, chunk[:, : end - s]) for s, chunk in self._tail_scores if s < end]
-            self._tail_scores = chunks
-        self.seen = seen
+            self.back_to(self.tail - count, seen)
+
+    def back_to(self, tail: int, seen: int) -> None:
+        """Forget the columns of the tail beyond the first `tail`, at positions >= `seen`."""
+        self.tail, self.seen = tail, seen
+        end = self.width
+        chunks = [(s, chunk[:, : end - s]) for s, chunk in self._tail_scores if s < end]
+        self._tail_scores = chunks
 
     def take(
         self,

@@ -10,7 +10,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from dare_hf.cache.columns import ColumnTable
 from dare_hf.cache.slab import Slabs, limit, right_packed, roomy
-from dare_hf.cache.staging import Staged
+from dare_hf.cache.staging import NEXT, Staged
+from dare_hf.cache.stored import StoredColumns
+from dare_hf.cache.unscored import Unscored
 from dare_hf.errors import DareStateError
 
 if TYPE_CHECKING:
@@ -27,9 +29,19 @@ class _Saved(NamedTuple):
     slabs: Slabs | None
     plain: bool
     ring: QueryRing | None
+    unscored: Unscored
 
 
-class DareLayer(CacheLayerMixin):
+class BeforeStep(NamedTuple):
+    """A layer as it was when a step began that only adds one token to every row."""
+
+    layer: DareLayer
+    seen: int
+    tail: int
+    ring: QueryRing | None
+
+
+class DareLayer(StoredColumns, CacheLayerMixin):
     """Keys and values of one layer, for the tokens this layer executed.
 
     `keys` and `values` [B, H, width, d] are views of slabs with some columns to spare. Lengths
@@ -56,61 +68,12 @@ class DareLayer(CacheLayerMixin):
         self.plain = True
         # The last queries, for scoring closed hops; None while nobody needs them.
         self.ring: QueryRing | None = None
+        self.unscored = Unscored()
+        self._visible: tuple[Tensor | None, Tensor] | None = None
         self.keys = self.values = None
         self.is_initialized = False
 
     # What is stored
-
-    @property
-    def seen(self) -> int:
-        """Logical tokens that have passed this layer."""
-        return self._table.seen
-
-    @property
-    def width(self) -> int:
-        """Physical columns in use."""
-        return self._table.width
-
-    @property
-    def rows(self) -> int:
-        """Rows of the batch; 0 until something was stored."""
-        return self._table.rows
-
-    @property
-    def kept_host(self) -> list[int]:
-        """Real tokens stored per row, as the host knows them."""
-        return self._table.kept
-
-    @property
-    def holes(self) -> bool:
-        """Whether some row has a column that holds no real token."""
-        return self._table.holes
-
-    @property
-    def even(self) -> bool:
-        """Whether all rows store the same number of tokens."""
-        return self._table.even
-
-    @property
-    def pruned(self) -> bool:
-        """Whether columns are not the logical ones: HF's own masks do not fit any more."""
-        return not self.plain or self._table.width != self._table.seen
-
-    def positions(self) -> Int[Tensor, "rows width"]:
-        """Logical position of every physical column, -1 for holes."""
-        return self._table.positions()
-
-    def valid(self) -> Bool[Tensor, "rows width"] | None:
-        """Which columns hold a real token; None when all do."""
-        return self._table.valid()
-
-    def scores(self) -> Float[Tensor, "rows width"]:
-        """Score of every column, 0 where none was given."""
-        return self._table.scores()
-
-    def kept_lengths(self) -> Int[Tensor, " rows"]:
-        """Real tokens stored per row, counted from the bookkeeping on the device."""
-        return self._table.counts()
 
     def token_bytes(self) -> int:
         """Bytes of one token's key and value."""
@@ -144,6 +107,10 @@ class DareLayer(CacheLayerMixin):
         """
         self._staged = Staged(columns, new_seen, kept, scores)
 
+    def stage_next(self) -> None:
+        """Announce the next token of every row, real and without a score."""
+        self._staged = NEXT
+
     def advance(self, new_seen: int) -> None:
         """Logical tokens up to `new_seen` pass with nothing stored here."""
         self._table.advance(new_seen)
@@ -169,9 +136,12 @@ class DareLayer(CacheLayerMixin):
                 those announced.
         """
         staged, self._staged = self._staged, None
-        if staged is None:
+        if staged is NEXT and (shown := self._append(key_states, value_states)) is not None:
+            return shown
+        if staged is None or staged is NEXT:
+            if staged is None:
+                self._refuse_when_pruned()
             staged = Staged(None, self.seen + key_states.shape[2], [], None)
-            self._refuse_when_pruned()
         staged.check(key_states, self.rows, self.seen)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -182,6 +152,29 @@ class DareLayer(CacheLayerMixin):
             self._table.append_ragged(staged.columns, staged.kept, staged.scores, staged.seen)
         self._fit()
         return keys, values
+
+    def _append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The next token of every row, where there is room for it; None where there is not."""
+        slabs, table = self._slabs, self._table
+        end = table.head + table.tail + 1
+        if keys.shape[2] != 1 or keys.shape[0] != table.rows or slabs is None:
+            return None
+        if torch.is_grad_enabled() or self._saved is not None or not slabs.writable(end):
+            return None
+        slabs.write(end - 1, keys, values)
+        table.append_dense(1, None)
+        return self._show(end)
+
+    def note_scores(self, start: int, scores: Float[Tensor, "rows tokens"]) -> None:
+        """Scores of the tokens from logical position `start` on, where they are stored."""
+        where, count = self.positions(), scores.shape[1]
+        index = where - start
+        new = scores.to(where.device).float().gather(1, index.clamp(0, count - 1))
+        self._table.set_scores(torch.where((index >= 0) & (index < count), new, self.scores()))
+
+    def forget_unscored(self) -> None:
+        """All have their scores."""
+        self.unscored = Unscored()
 
     def _refuse_when_pruned(self) -> None:
         if self.pruned:
@@ -326,6 +319,8 @@ class DareLayer(CacheLayerMixin):
             return
         if self.ring is not None:
             self.ring = self.ring.cropped(seen, removed if removed <= self._table.tail else 0)
+        if self.unscored:
+            self.unscored = self.unscored.cropped(seen)
         if self._slabs is None:
             table.advance(seen)
         elif removed <= table.tail:
@@ -356,6 +351,8 @@ class DareLayer(CacheLayerMixin):
         self._slabs = self._slabs.selected(index)
         if self.ring is not None:
             self.ring = self.ring.rows(index)
+        if self.unscored:
+            self.unscored = self.unscored.rows(index)
         self.keys = self.values = None
         self._fit()
 
@@ -376,7 +373,8 @@ class DareLayer(CacheLayerMixin):
     def begin(self) -> None:
         """Remember the layer as it is, until `commit` or `rollback`."""
         self._staged = None
-        self._saved = _Saved(self._table.snapshot(), self._slabs, self.plain, self.ring)
+        kept = self._slabs, self.plain, self.ring, self.unscored
+        self._saved = _Saved(self._table.snapshot(), *kept)
 
     def commit(self) -> None:
         """Keep what has happened since `begin`."""
@@ -388,11 +386,24 @@ class DareLayer(CacheLayerMixin):
         if saved is None:
             return
         self._staged = None
-        self._table, self._slabs, self.plain, self.ring = saved
+        self._table, self._slabs, self.plain, self.ring, self.unscored = saved
         self.is_initialized = self._slabs is not None
         self.keys = self.values = None
         if self._slabs is not None:
             self._show(self.width)
+
+    def before_step(self) -> BeforeStep:
+        """What `undo_step` needs."""
+        self._staged = None
+        return BeforeStep(self, self._table.seen, self._table.tail, self.ring)
+
+    def undo_step(self, before: BeforeStep) -> None:
+        """Forget the token of a step, however far it came."""
+        self._staged = None
+        self.ring = None if before.ring is None else before.ring.before(before.seen)
+        self.unscored = self.unscored.cropped(before.seen)
+        self._table.back_to(before.tail, before.seen)
+        self._show(self.width)
 
     def give_back(self) -> None:
         """Free what a rollback left too much of; where memory lacks for that, it is left."""

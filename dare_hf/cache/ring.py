@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,11 +21,14 @@ class QueryRing:
         query: [B, H, W, d], oldest first.
         positions: Long[B, W] their logical positions, -1 where there is none.
         softmax: What becomes of the layer's queries and keys.
+        steps: Newer ones of single tokens of every row, not joined with them yet: logical position
+            and [B, H, 1, d] of each.
     """
 
     query: Tensor
     positions: Tensor
     softmax: Softmax
+    steps: list[tuple[int, Tensor]] = field(default_factory=list)
 
     @classmethod
     def empty(cls, like: Tensor, softmax: Softmax) -> QueryRing:
@@ -34,9 +37,35 @@ class QueryRing:
         none = like.new_zeros(like.shape[0], like.shape[1], 0, like.shape[3])
         return cls(none, where, softmax)
 
+    def note(self, query: Tensor, position: int, window: int) -> None:
+        """Remember every row's next query [B, H, 1, d], at one logical position, in place.
+
+        Args:
+            query: The queries.
+            position: Where they stand.
+            window: Queries that are to be remembered.
+        """
+        self.steps.append((position, query))
+        if len(self.steps) >= 2 * window:
+            del self.steps[:window]
+
+    def joined(self) -> QueryRing:
+        """The same in one piece."""
+        if not self.steps:
+            return self
+        where = torch.tensor([position for position, _ in self.steps])
+        where = where.to(self.positions.device, non_blocking=True).expand(len(self.query), -1)
+        query = torch.cat([self.query, *(q for _, q in self.steps)], dim=2)
+        return QueryRing(query, torch.cat([self.positions, where], dim=1), self.softmax)
+
+    def before(self, position: int) -> QueryRing:
+        """Without the single steps from logical `position` on."""
+        return replace(self, steps=[step for step in self.steps if step[0] < position])
+
     def until(self, ends: Tensor, window: int) -> QueryRing:
         """Each row's last `window` queries at logical positions <= `ends` [B]."""
-        return self._last((self.positions >= 0) & (self.positions <= ends[:, None]), window)
+        ring = self.joined()
+        return ring._last((ring.positions >= 0) & (ring.positions <= ends[:, None]), window)
 
     def _last(self, able: Tensor, window: int) -> QueryRing:
         """Each row's last `window` queries that are `able` [B, W], at the right end."""
@@ -59,16 +88,17 @@ class QueryRing:
             dense: Whether none is -1. Else a row's own are found among them: what neighbours
                 bring must not crowd them out.
         """
-        new = replace(self, query=query.detach(), positions=positions)
+        old = self.joined()
+        new = replace(old, query=query.detach(), positions=positions)
         if dense:
             new = replace(new, query=new.query[:, :, -window:], positions=positions[:, -window:])
         else:
             new = new._last(positions >= 0, window)
-        joined = torch.cat([self.query, new.query], dim=2)
-        where = torch.cat([self.positions, new.positions], dim=1)
+        joined = torch.cat([old.query, new.query], dim=2)
+        where = torch.cat([old.positions, new.positions], dim=1)
         if not dense:
-            return replace(self, query=joined, positions=where)._last(where >= 0, window)
-        return replace(self, query=joined[:, :, -window:], positions=where[:, -window:])
+            return replace(old, query=joined, positions=where)._last(where >= 0, window)
+        return replace(old, query=joined[:, :, -window:], positions=where[:, -window:])
 
     def cropped(self, length: int, dense: int) -> QueryRing:
         """Without queries at logical positions >= `length`.
@@ -78,15 +108,17 @@ class QueryRing:
             dense: Trailing columns known to be exactly those queries in every row; they go
                 physically, so that rejected speculation does not crowd out what is remembered.
         """
+        ring = self.joined()
         if dense:
-            stay = max(self.positions.shape[1] - dense, 0)
-            query, positions = self.query[:, :, :stay], self.positions[:, :stay]
-            return replace(self, query=query, positions=positions)
-        stays = (self.positions >= 0) & (self.positions < length)
-        return self._last(stays, self.positions.shape[1])
+            stay = max(ring.positions.shape[1] - dense, 0)
+            query, positions = ring.query[:, :, :stay], ring.positions[:, :stay]
+            return replace(ring, query=query, positions=positions)
+        stays = (ring.positions >= 0) & (ring.positions < length)
+        return ring._last(stays, ring.positions.shape[1])
 
     def rows(self, index: Tensor) -> QueryRing:
         """The rows `index` [B']."""
         index = index.to(self.query.device)
         query, positions = (t.index_select(0, index) for t in (self.query, self.positions))
-        return replace(self, query=query, positions=positions)
+        steps = [(position, query.index_select(0, index)) for position, query in self.steps]
+        return replace(self, query=query, positions=positions, steps=steps)

@@ -53,3 +53,7 @@ class Staged(NamedTuple):
                 f"The layer's plan announced {len(self.kept)} rows up to token {self.seen}; "
                 f"expected {given} rows and at least token {seen}"
             )
+
+
+# One more token in every row, and nothing else is to be said of it.
+NEXT = Staged(None, -1, [], None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 
-from dare_hf.architectures.locate import attention_of
+from dare_hf.architectures.locate import attention_of, sees_all
 from dare_hf.architectures.tensor_parallel import head_mean, shared_heads
 from dare_hf.cache.refused import check_attention_cache, refuse_continuous_batching
 from dare_hf.compat import warn_untested
@@ -139,6 +139,7 @@ def attach(target: Any, controller: Controller, undo: UndoRecord, owner: Owner) 
             inner=current(layer, "forward"),
             names=tuple(positional(type(layer)))[1:],
             causal=bool(getattr(attention_of(layer), "is_causal", True)),
+            sees_all=sees_all(attention_of(layer), anatomy.text_config),
             mean=head_mean(shared_heads(attention_of(layer), target)),
         )
         undo.set(layer, "_dare", layer_state)

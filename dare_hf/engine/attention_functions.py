@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from dare_hf.errors import DareStateError
 from dare_hf.routing.scores import Softmax
 from dare_hf.scoring.observe import AttentionCall
+from dare_hf.simulation.damping import is_marked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -114,7 +115,7 @@ def _observing(implementation: str) -> Any:
         function = _original(module, implementation)
         state = module.__dict__.get("_dare")
         caller = View(module, implementation) if "flash" in implementation else module
-        if state is None:
+        if state is None or not (state.watching or is_marked(attention_mask)):
             return function(caller, query, key, value, attention_mask, *args, **kwargs)
         tensors = (query, key, value)
         softmax = _softmax(query, state.mean, kwargs)

@@ -17,18 +17,19 @@ from dare_hf.compat import CACHE, checkpoints, named_cache
 from dare_hf.engine.attention_functions import check_attention
 from dare_hf.engine.plan import Planner
 from dare_hf.engine.recorder import NewestRun, Recorder
+from dare_hf.engine.step import MOST_UNSCORED, is_step, most_unscored, score_later
 from dare_hf.engine.thread_state import OpenForward, Repeats, ThreadState
 from dare_hf.errors import DareStateError
 from dare_hf.forward.hop_closing import close_context
 from dare_hf.forward.inputs import open_context, without_own
-from dare_hf.hops.compaction import compact
+from dare_hf.hops.compaction import compact, due_rows
 from dare_hf.hops.eviction import never_thins
 from dare_hf.hops.in_forward import InnerHops
 from dare_hf.report.flops import shapes_of
 from dare_hf.simulation import SimulationRecord, open_simulation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from dare_hf.architectures.locate import Anatomy
     from dare_hf.engine.active_adapter import ActiveAdapter
@@ -85,6 +86,8 @@ class Controller:
         self.never_prunes = min(rates) >= 1.0 and config.max_kv_tokens is None
         layers = range(len(self.anatomy.layers))
         self._unthinned = {i for i in layers if never_thins(config, table, i)}
+        # the layers by whose scores another, or the layer itself, is thinned
+        self._thinned_plans = {table.plan_layers[i] for i in layers if i not in self._unthinned}
 
     def follow_adapter(self) -> None:
         """Take over what has become of the active adapter: another one, or other rates."""
@@ -130,6 +133,11 @@ class Controller:
         """The active adapter's router of each decoder layer; None without an adapter."""
         return None if self.adapter is None else self.adapter.routers
 
+    @property
+    def generating(self) -> bool:
+        """Whether this thread is inside a generate."""
+        return bool(self._local.calls)
+
     # what the routed layers ask
 
     @property
@@ -142,17 +150,27 @@ class Controller:
         """Dtype of the hidden states."""
         return next(p.dtype for p in self.anatomy.layers[0].parameters() if p.is_floating_point())
 
-    @property
-    def stores_scores(self) -> bool:
-        """Whether scores must outlive the forward, for hops that close later."""
-        return self.config.resolved_hop_score == "stored" and not self.never_prunes
+    def stores_scores(self, layer: int) -> bool:
+        """Whether a layer's scores must outlive the forward, for hops that close later."""
+        return self.config.resolved_hop_score == "stored" and self._thins_later(layer)
 
     def keeps_queries(self, layer: int) -> bool:
         """Whether a layer keeps its last queries, for hops that close later."""
-        if self.config.resolved_hop_score != "observed" or layer in self._unthinned:
+        if self.config.resolved_hop_score != "observed":
             return False
-        if self.anatomy.sources[layer] != layer:  # it stores no keys
-            return False
+        return self._thins_later(layer) and self.anatomy.sources[layer] == layer
+
+    def scores_later(self, layer: int) -> bool:
+        """Whether a layer's sampled tokens get a score when their hop closes."""
+        # an attention score is the previous layer's: a sampled token has none
+        stored = self.config.resolved_hop_score == "stored" and not self.scorer.needs_attention
+        return stored and layer in self._thinned_plans and self._hops_may_close()
+
+    def _thins_later(self, layer: int) -> bool:
+        """Whether a later compaction can take tokens from a layer."""
+        return layer not in self._unthinned and self._hops_may_close()
+
+    def _hops_may_close(self) -> bool:
         call = self._local.calls[-1] if self._local.calls else None
         later = self.rules.closes_hops or call is None or call.continues
         return later or self.config.max_kv_tokens is not None
@@ -169,7 +187,7 @@ class Controller:
             return False
         if after >= len(self.anatomy.layers) or self.table.plan_layers[after] != after:
             return False
-        if self.stores_scores:
+        if self.stores_scores(after):
             return True
         return bool(self.planner.prunes(context, after, context.plans.get(layer)))
 
@@ -213,17 +231,27 @@ class Controller:
         with nullcontext() if cache is None else cache.all_or_nothing():
             context = open_context(taught, cache, self.rules, call)
             recorder = self._recorder(cache, call)
+            inside = InnerHops.inside(context, self.config)
             if cache is not None:
-                self._compact(cache, recorder.note_compaction)
-                cache.begin()
-            if InnerHops.inside(context, self.config):
+                if inside or most_unscored(cache) >= MOST_UNSCORED:
+                    score_later(cache, self, recorder.note_scored)
+                self._compact(cache, recorder)
+                context.step = not inside and is_step(context, kwargs, self)
+                cache.begin(step=context.step)
+            if inside:
                 log = cache.log if cache is not None else TokenLog()
                 context.inner_hops = InnerHops(context, log, self.config, self.table)
         self._local.contexts.append(OpenForward(module, context, kwargs, started, recorder))
         self._keep_span(kwargs)
         return without_own(kwargs)
 
-    def _compact(self, cache: DareCache, note: Callable[[Compaction], None]) -> None:
+    def _compact(
+        self, cache: DareCache, recorder: Recorder, left: list[Compaction] | None = None
+    ) -> None:
+        """Serve the hops that have begun; what each leaves goes to the recorder, or to `left`."""
+        if any(due_rows(cache)):
+            score_later(cache, self, recorder.note_scored)
+        note = recorder.note_compaction if left is None else left.append
         compact(cache, self.config, self.table, self._expanders, note)
 
     def _keep_span(self, kwargs: dict[str, Any]) -> None:
@@ -308,7 +336,7 @@ class Controller:
             close_context(context, entry.kwargs, self.rules)
             recorder.read(context)
             if self.config.max_kv_tokens is not None and cache is not None and ended:
-                self._compact(cache, left.append)
+                self._compact(cache, recorder, left)
         # Nothing fails from here on: a forward whose caller got an error has left no trace.
         if cache is not None:
             cache.commit()
@@ -372,7 +400,13 @@ class Controller:
     def leave_generate(self) -> None:
         """It ends; the report is frozen."""
         self.drop_contexts(0)
-        self.finish(self._local.calls.pop())
+        call = self._local.calls.pop()
+        try:
+            if call.continues and call.recorder is not None and call.recorder.cache is not None:
+                # by the adapter that has processed them, whatever is active when their hop closes
+                score_later(call.recorder.cache, self, call.recorder.note_scored)
+        finally:
+            self.finish(call)
 
     def finish(self, call: GenerationCall) -> None:
         """Freeze the report of a generate and make it the newest one."""

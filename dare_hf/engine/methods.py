@@ -105,6 +105,15 @@ def named(kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
     return dict(zip(names, args, strict=False)) | kwargs
 
 
+@functools.cache
+def _keywords(kind: Any) -> frozenset[str] | None:
+    """What a class's `forward` takes by keyword; None when it takes any."""
+    parameters = inspect.signature(kind.forward).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return None
+    return frozenset(p.name for p in parameters if p.kind in _BY_KEYWORD)
+
+
 def passed(kind: Any, count: int, given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Named arguments as the forward takes them.
 
@@ -116,10 +125,8 @@ def passed(kind: Any, count: int, given: dict[str, Any]) -> tuple[tuple[Any, ...
     Returns:
         Positional and keyword arguments.
     """
-    names, given = positional(kind), dict(given)
-    parameters = inspect.signature(kind.forward).parameters.values()
-    if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
-        known = {p.name for p in parameters if p.kind in _BY_KEYWORD}
+    names, given, known = positional(kind), dict(given), _keywords(kind)
+    if known is not None:
         places = [i for i, name in enumerate(names, 1) if name in given and name not in known]
         count = max([count, *places])
     pairs = list(names.items())[:count]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
+from dare_hf.engine.plan import keep_all
 from dare_hf.errors import DareStateError
 from dare_hf.hops.compaction import stored_counts
 from dare_hf.report.builder import ReportBuilder
@@ -75,6 +77,7 @@ class Recorder:
         self._begun: list[int] = []
         self._kept: list[list[int]] = []
         self._frozen = False
+        self._steps: Steps | None = None
         self._carried: list[int] = []
         self._counted: tuple[HeldCounts, list[list[int]]] | None = None
         for note in (*controller.notes, *controller.settings.notes):
@@ -92,6 +95,7 @@ class Recorder:
 
     def note_compaction(self, compaction: Compaction) -> None:
         """Take over what a compaction left; the hop's own span may still be added to it."""
+        self._count_steps()
         self._begun = compaction.hops
         self._totals = [list(t) for t in compaction.totals]
         if compaction.held:
@@ -115,6 +119,12 @@ class Recorder:
 
     def note_forward(self, context: ForwardContext) -> None:
         """Count one forward, from host numbers alone; its device was asked by `read`."""
+        if context.step and not context.plans:
+            self._join_steps(context)
+            return
+        self._count_steps()
+        if context.step:
+            _plan_quick_layers(context)
         layers, plans = range(len(self.shapes)), context.plans
         self._ran = set(plans)
         running = {id(plan): plan.running(context) for plan in plans.values()}
@@ -140,24 +150,62 @@ class Recorder:
         self._note_scoring(context, keys, phase)
         self._note_span(context)
 
+    def _join_steps(self, context: ForwardContext) -> None:
+        """Add a step to those that go on.
+
+        Layers hold one token more after each, so that nothing is to be looked at before the end.
+        """
+        begins = any(self._begun) or self._counted is not None
+        if begins or self._steps is None or not self._steps.goes_on(context):
+            self._count_steps()
+            if len(self._real) != context.batch:
+                self._real = self._carried
+            self._steps = Steps.begun(context)
+            self._ran = set(self._steps.kept)
+            self._note_span(context)
+        self._steps.count += 1
+
+    def _count_steps(self) -> None:
+        """Count the steps that were joined."""
+        steps, self._steps = self._steps, None
+        if steps is None:
+            return
+        n, kept = steps.count, steps.kept
+        shapes = [self.shapes[i] for i in kept]
+        self.builder.steps(shapes, list(kept.values()), self._real, n)
+        self.builder.head(n * steps.head_rows, "decode")
+        self._real = [real + n for real in self._real]
+        self._kept += [[]] * (len(self.shapes) - len(self._kept))
+        for i, rows in kept.items():
+            self._kept[i] = [row + n for row in rows]
+
+    def note_scored(self, layer: int, tokens: int) -> None:
+        """Count the scoring of sampled tokens whose hop has closed."""
+        self.builder.scorer(self._token_scoring(layer, tokens), "decode")
+
     def _note_scoring(self, context: ForwardContext, keys: list[list[int]], phase: Phase) -> None:
         flops, tokens = 0, sum(context.real_counts)
         for index, plan in context.plans.items():
             reused = self.sources[index] != index or context.plans.get(index - 1) is plan
             if plan.scores is None or reused:
                 continue
-            shape = self.shapes[index]
             if self.scorer == "attention" and index >= UNSCORED_LAYERS:
                 shape = self.shapes[index - 1]
                 flops += sum(
                     attention_scorer_flops(shape, min(WINDOW, sum(row)), n)
                     for row, n in zip(context.plans[index - 1].kept, keys[index - 1], strict=True)
                 )
-            elif self.scorer in ("attention", "key_norm"):
-                flops += key_norm_scorer_flops(shape, self.builder.hidden, tokens)
-            elif self.scorer not in ("random", "position"):
-                flops += router_flops(self.builder.hidden, tokens)
+            else:
+                flops += self._token_scoring(index, tokens)
         self.builder.scorer(flops, phase)
+
+    def _token_scoring(self, layer: int, tokens: int) -> int:
+        """FLOPs of scores that need nothing but the tokens."""
+        if self.scorer in ("attention", "key_norm"):
+            return key_norm_scorer_flops(self.shapes[layer], self.builder.hidden, tokens)
+        if self.scorer in ("random", "position"):
+            return 0
+        return router_flops(self.builder.hidden, tokens)
 
     def _note_span(self, context: ForwardContext) -> None:
         """Add the span to what the layers hold; record each hop that begins."""
@@ -212,6 +260,7 @@ class Recorder:
 
     def freeze(self, cache: DareCache | None = None) -> None:
         """Read the cache; where it is gone, what the host knew of it stands."""
+        self._count_steps()
         cache = cache or self.cache
         if cache is not None and self._real:
             self._kept = _kept(cache, len(self.shapes))
@@ -226,6 +275,52 @@ class Recorder:
         """The report as it stands."""
         self.freeze(cache)
         return self.builder.snapshot()
+
+
+@dataclass
+class Steps:
+    """Steps that follow one another over a cache to which nothing else happens.
+
+    Attributes:
+        cache: The cache.
+        changes: Its count of other changes.
+        past: Logical columns before the first step.
+        head_rows: Hidden states that reach the lm_head in each.
+        kept: [rows] real tokens before the first step, by the index of each layer that runs.
+        count: How many.
+    """
+
+    cache: weakref.ref[DareCache]
+    changes: int
+    past: int
+    head_rows: int
+    kept: dict[int, list[int]]
+    count: int = 0
+
+    @classmethod
+    def begun(cls, context: ForwardContext) -> Steps:
+        """None yet; `context` is that of the first, whose layers have run."""
+        cache, past = context.cache, context.past
+        assert cache is not None
+        ran = {i: slot for i, slot in enumerate(cache.stored) if slot.seen > past}
+        kept = {i: [n - 1 for n in slot.kept_host] for i, slot in ran.items()}
+        return cls(weakref.ref(cache), cache.changes, past, context.head_rows, kept)
+
+    def goes_on(self, context: ForwardContext) -> bool:
+        """Whether the next step is that of `context`."""
+        cache = context.cache
+        if cache is None or self.cache() is not cache or self.changes != cache.changes:
+            return False
+        return self.past + self.count == context.past and self.head_rows == context.head_rows
+
+
+def _plan_quick_layers(context: ForwardContext) -> None:
+    """Say of layers that needed no plan in a step in which others did what they ran."""
+    assert context.cache is not None
+    for i, slot in enumerate(context.cache.stored):
+        if i not in context.plans and slot.seen > context.past:
+            context.plans[i] = keep_all(context)
+            context.cached_before[i] = [n - 1 for n in slot.kept_host]
 
 
 def _kept(cache: DareCache, layers: int) -> list[list[int]]:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dare_hf.compat import CACHE
+from dare_hf.engine import step
 from dare_hf.engine.masks import gather_mask
 from dare_hf.engine.plan import Plan, keep_all
 from dare_hf.forward.facts import KeyView
 from dare_hf.hops.in_forward import restrict
 from dare_hf.routing.scores import HeadMean, local_mean
 from dare_hf.scoring.attention import score_span
-from dare_hf.scoring.observe import AttentionCall, push_queries
+from dare_hf.scoring.observe import AttentionCall, push_next, push_queries
 from dare_hf.simulation import damped, simulated_forward
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class LayerState:
         inner: The forward that was there before.
         names: Its parameter names after hidden_states, for arguments passed by position.
         causal: What a None mask means in this layer.
+        sees_all: Whether a token sees every real one before it: no window, no chunks.
         mean: Over all heads of this layer, where this process holds some.
     """
 
@@ -48,12 +50,18 @@ class LayerState:
     inner: Callable[..., Any]
     names: tuple[str, ...] = field(default=())
     causal: bool = True
+    sees_all: bool = False
     mean: HeadMean = local_mean
 
     @property
     def source(self) -> int:
         """The layer whose keys this one reads: itself, or an earlier one."""
         return self.controller.anatomy.sources[self.index]
+
+    @property
+    def watching(self) -> bool:
+        """Whether the attention that runs now is to be read."""
+        return self._watched() is not None
 
     def before_attention(self, tensors: tuple[Tensor, Tensor, Tensor], call: AttentionCall) -> Any:
         """The mask this layer's attention shall use; called by its attention function."""
@@ -68,6 +76,9 @@ class LayerState:
     def after_attention(self, tensors: tuple[Tensor, Tensor, Tensor], call: AttentionCall) -> None:
         """Read what attention has seen: the next layer's scores, the queries of the hop."""
         context = self._watched()
+        if context is not None and context.step:
+            push_next(context.cache.layer(self.index), tensors[0], context.past, call)
+            return
         if context is None or context.columns is None:
             return
         with torch.no_grad():
@@ -93,6 +104,10 @@ def routed_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
     if context is None:
         return state.inner(hidden_states, *args, **kwargs)
     kwargs.update(zip(state.names, args, strict=False))
+    if context.step and step.prepare(state, context, hidden_states, kwargs):
+        output = state.inner(hidden_states, **kwargs)
+        context.capture_layer = -1
+        return output
     if context.simulation is not None:
         state.controller.remember_context(kwargs, context)
         return simulated_forward(layer, state, context, hidden_states, kwargs)
@@ -152,7 +167,7 @@ def _select(
     before: Plan | None,
 ) -> Plan:
     controller, index = state.controller, state.index
-    scored = controller.stores_scores or controller.config.multiplies
+    scored = controller.stores_scores(index) or controller.config.multiplies
     rows = controller.planner.prunes(context, index, before)
     if controller.is_exempt(index, context) or not rows:
         plan = keep_all(context)

@@ -68,6 +68,7 @@ class ForwardContext:
         inner_hops: The hops that begin inside this forward, None where none does.
         simulation: What a training forward runs its layers by; None on the compact path.
         capture_layer: The layer that runs now and whose attention is to be read, -1 none.
+        step: Whether it only brings every row's next token, and nothing is decided in it.
     """
 
     batch: int
@@ -99,6 +100,7 @@ class ForwardContext:
     inner_hops: InnerHops | None = None
     simulation: Simulation | None = None
     capture_layer: int = -1
+    step: bool = False
     _local_index: Tensor | None = None
 
     @property

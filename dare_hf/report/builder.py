@@ -9,6 +9,7 @@ from dare_hf.report.flops import (
     forward_flops,
     head_flops,
     kv_bytes,
+    step_flops,
     unpruned_flops,
     unpruned_kv_bytes,
 )
@@ -63,6 +64,25 @@ class ReportBuilder:
         report.flops[phase] += forward_flops(shapes, queries, keys)
         full = unpruned_flops(shapes, full_queries, full_lengths, tails)
         report.flops_baseline[phase] += full
+
+    def steps(
+        self,
+        shapes: Sequence[LayerShape],
+        kept: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        count: int,
+    ) -> None:
+        """Adds `count` forwards of one sampled token in every row.
+
+        Args:
+            shapes: Of the layers that run; none has a window.
+            kept: [layers][rows] tokens each held before the first step.
+            lengths: [rows] real tokens of the sequence before it.
+            count: How many.
+        """
+        report = self._report
+        report.flops["decode"] += step_flops(shapes, kept, count)
+        report.flops_baseline["decode"] += step_flops(shapes, [lengths] * len(shapes), count)
 
     def head(self, rows: int, phase: Phase) -> None:
         """Adds the lm_head on `rows` hidden states, on both sides."""

@@ -136,6 +136,21 @@ def forward_flops(
     return 2 * macs
 
 
+def step_flops(shapes: Sequence[LayerShape], before: Sequence[Sequence[int]], steps: int) -> int:
+    """FLOPs of `steps` forwards of one token a row, each seeing what was stored and itself.
+
+    Args:
+        shapes: One per layer.
+        before: [layers][rows] tokens stored before the first step; each step adds one.
+        steps: How many.
+    """
+    flops = 0
+    for shape, rows in zip(shapes, before, strict=True):
+        pairs = sum(steps * (2 * n + steps + 1) for n in rows)  # twice the sum over the steps
+        flops += 2 * shape.linear_macs * steps * len(rows) + shape.pair_macs * pairs
+    return flops
+
+
 def unpruned_flops(
     shapes: Sequence[LayerShape],
     queries: Sequence[int],

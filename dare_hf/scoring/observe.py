@@ -55,6 +55,13 @@ def push_queries(
     slot.ring = ring.pushed(query, columns, RING, dense=dense)
 
 
+def push_next(slot: DareLayer, query: Tensor, past: int, call: AttentionCall) -> None:
+    """Remember the queries [B, H, 1, d] of every row's next token, at logical position `past`."""
+    if slot.ring is None:
+        slot.ring = QueryRing.empty(query, call.softmax)
+    slot.ring.note(query, past, RING)
+
+
 def observed_scores(
     slot: DareLayer, closed: Tensor, ends: list[int], expand: Expand | None = None
 ) -> Tensor:

@@ -27,6 +27,11 @@ def mark_closed(mask: Tensor, closed: Tensor) -> Tensor:
     return mask
 
 
+def is_marked(mask: Any) -> bool:
+    """Whether closed gates are noted on a mask."""
+    return hasattr(mask, _MARK)
+
+
 def damped(mask: Any, tensors: tuple[Tensor, Tensor, Tensor], softmax: Softmax) -> Any:
     """The mask an attention shall use: the same values, for each head, with the damped gradient.
 

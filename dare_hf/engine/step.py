@@ -1,0 +1,125 @@
+"""The decode step in which nothing is decided: every row's next token runs every layer.
+
+No hop begins in it, no token is scored, and HF's own tensors go to the layer as they are. What such
+a step leaves to do (scores of the tokens that it brought) is done when their hop closes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dare_hf.compat import CACHE
+from dare_hf.forward.facts import ForwardContext
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
+    from dare_hf.cache import DareCache, DareLayer
+    from dare_hf.engine.controller import Controller
+    from dare_hf.engine.routed_layer import LayerState
+
+# Hidden states are held for so many tokens of an open hop; a longer one is scored in parts.
+MOST_UNSCORED = 512
+
+
+def is_step(context: ForwardContext, kwargs: Mapping[str, Any], controller: Controller) -> bool:
+    """Whether a forward is such a step, as far as the forward tells; a layer may still differ."""
+    cache, mask = context.cache, kwargs.get("attention_mask")
+    if cache is None or context.span is not None or context.length != 1:
+        return False
+    if context.valid is not None or context.inner_hops is not None or torch.is_grad_enabled():
+        return False
+    if controller.config.multiplies or controller.anatomy.shares or controller.exempt:
+        return False
+    if not controller.generating and controller.config.resolved_hop_score == "stored":
+        return False  # nobody says when it ends: another adapter may be active then
+    if isinstance(mask, dict) or (isinstance(mask, torch.Tensor) and mask.ndim != 2):
+        return False  # a mask of the caller's own hides more than pads
+    return all(layer.is_initialized for layer in cache.stored)
+
+
+def prepare(
+    state: LayerState, context: ForwardContext, hidden: Tensor, kwargs: dict[str, Any]
+) -> bool:
+    """Make a layer's cache and mask ready; False where the layer needs a plan of its own."""
+    if kwargs.get(CACHE) is None:
+        return False
+    slot = context.cache.layer(state.index)
+    mask = kwargs.get("attention_mask")
+    if mask is not None or slot.holes:
+        seen = _mask(state, slot, mask)
+        if seen is None:
+            return False
+        kwargs["attention_mask"] = seen
+    controller = state.controller
+    if controller.scores_later(state.index):
+        slot.unscored.append(context.past, hidden)
+    context.capture_layer = state.index if controller.keeps_queries(state.index) else -1
+    slot.stage_next()
+    return True
+
+
+def _mask(state: LayerState, slot: DareLayer, mask: Any) -> Tensor | None:
+    """What the next token sees of the stored columns, where that is every real one; else None."""
+    given = mask is None or (isinstance(mask, torch.Tensor) and mask.dtype == torch.bool)
+    if not given or not state.sees_all or not state.controller.base_implementation.endswith("sdpa"):
+        return None
+    return slot.visible()
+
+
+def most_unscored(cache: DareCache) -> int:
+    """Tokens of a row that wait for their scores, in the layer that has most of them."""
+    return max((len(layer.unscored) for layer in cache.stored), default=0)
+
+
+def score_later(cache: DareCache, controller: Controller, note: Callable[[int, int], None]) -> None:
+    """Score what was put off, in one call per layer and gapless run.
+
+    A layer that reuses the plan of another has that one's scores.
+
+    Args:
+        cache: The cache.
+        controller: The model's controller.
+        note: Told of each layer and how many tokens were scored in it.
+    """
+    stored, plans = cache.stored, controller.table.plan_layers
+    for index, slot in enumerate(stored):
+        if not slot.unscored:
+            continue
+        layer = controller.anatomy.layers[index]
+        with torch.no_grad():
+            for start, hidden in slot.unscored.runs():
+                context = _past_tokens(cache, start, hidden.shape[1])
+                scores = controller.scorer.scores(context, layer, index, hidden)
+                for follower in (s for i, s in enumerate(stored) if plans[i] == index):
+                    follower.note_scores(start, scores)
+                note(index, scores.numel())
+        slot.forget_unscored()
+
+
+def _past_tokens(cache: DareCache, start: int, count: int) -> ForwardContext:
+    """The facts of `count` sampled tokens that have been processed."""
+    log, end = cache.log, start + count
+    real = (log.modality >= 0).long().cumsum(1) - 1
+    rows = log.modality.shape[0]
+    nothing = [[0, 0] for _ in range(rows)]
+    return ForwardContext(
+        batch=rows,
+        length=count,
+        past=start,
+        cache=cache,
+        modality=log.modality[:, start:end],
+        token_hop=log.hop[:, start:end],
+        valid=None,
+        span_hop=[0] * rows,
+        counts=nothing,
+        forced_counts=nothing,
+        sampled=[count] * rows,
+        closing=[[] for _ in range(rows)],
+        head_rows=0,
+        _local_index=real[:, start:end].clamp(min=0),
+    )
