@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from dare_hf.api import apply_dare, dare_disabled, last_report, remove_dare
     from dare_hf.cache import DareCache
     from dare_hf.config import DareConfig
+    from dare_hf.expected import HopTokens, expected_kv_bytes
     from dare_hf.report import DareReport
     from dare_hf.scoring.base import register_scorer
 
@@ -19,8 +20,10 @@ _HOMES = {
     "DareCache": "cache",
     "DareConfig": "config",
     "DareReport": "report",
+    "HopTokens": "expected",
     "apply_dare": "api",
     "dare_disabled": "api",
+    "expected_kv_bytes": "expected",
     "last_report": "api",
     "register_scorer": "scoring.base",
     "remove_dare": "api",
@@ -30,8 +33,10 @@ __all__ = [
     "DareCache",
     "DareConfig",
     "DareReport",
+    "HopTokens",
     "apply_dare",
     "dare_disabled",
+    "expected_kv_bytes",
     "last_report",
     "register_scorer",
     "remove_dare",

@@ -239,20 +239,48 @@ def evaluate(
 @app.command()
 def info(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a model; weights not needed.")],
+    vision: Annotated[int, typer.Option(min=0, help="Vision tokens of a prompt.")] = 0,
+    text: Annotated[int, typer.Option(min=0, help="Text tokens of a prompt.")] = 0,
+    hops: Annotated[int, typer.Option(min=0, max=1024, help="Hops after the prompt.")] = 0,
+    hop_text: Annotated[int, typer.Option(min=0, help="Sampled text tokens of each.")] = 64,
+    hop_vision: Annotated[int, typer.Option(min=0, help="Sampled vision tokens of each.")] = 0,
+    config: Annotated[
+        str, typer.Option(help="A preset's name, or an adapter's folder or hub id.")
+    ] = "safe",
+    as_json: AsJson = False,
 ) -> None:
     """Tell whether DARE supports a model and where its decoder layers are, or why not.
 
-    Reads the model's config only. The exit code is 0 if the model is supported, else 2.
+    With --vision or --text also what a configuration will cost, beside the plain model: FLOPs of
+    the prefill and of the first decoded token, bytes of the KV cache after the prefill and after
+    each hop, for one row. What an untrained scorer protects beyond a text budget comes on top.
+
+    Reads the model's config only, and of an adapter its rates. The exit code is 0 if the model is
+    supported, else 2.
     """
     with _one_line_errors():
-        from dare_hf.inspection import describe_model
+        from dare_hf.expected import HopTokens, outlook_of
+        from dare_hf.inspection import describe_model, model_without_weights
 
         try:
-            for line in describe_model(model):
-                typer.echo(line)
+            lines = list(describe_model(model))
+            found: dict[str, object] = {"supported": True, "about": lines}
+            if vision or text:
+                hop = HopTokens(sampled_vision=hop_vision, sampled_text=hop_text)
+                tokens = [HopTokens(vision, text), *[hop] * hops]
+                outlook = outlook_of(model_without_weights(model), config, tokens)
+                found |= {"config": config, "costs": outlook.to_dict()}
+                each = f" (each {hop_vision} vision and {hop_text} text tokens)" if hops else ""
+                lines = [*lines, f"configuration: {config}{each}", *outlook.lines()]
         except UnsupportedModelError as error:
-            typer.echo(f"not supported: {error}")
-            raise typer.Exit(REFUSED) from error
+            found = {"supported": False, "reason": str(error)}
+            lines = [f"not supported: {error}"]
+        for line in lines:
+            typer.echo(line, err=as_json)
+        if as_json:
+            sys.stdout.write(json.dumps(found) + "\n")
+        if not found["supported"]:
+            raise typer.Exit(REFUSED)
 
 
 @app.command()

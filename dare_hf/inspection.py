@@ -51,6 +51,18 @@ def describe_model(name: str) -> Iterator[str]:
     yield from _costs(shapes)
 
 
+def model_without_weights(name: str) -> Any:
+    """A model on the meta device, from its config alone.
+
+    Args:
+        name: A folder with a config.json, or a hub id.
+
+    Raises:
+        DareInputError: No config is found there.
+    """
+    return _built(name, _read(name))
+
+
 def _read(name: str) -> Any:
     """The config at `name`, by transformers' own code only."""
     try:

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import GPTNeoXConfig, LlamaConfig
 from typer.testing import CliRunner
 
-from dare_hf import cli
+from dare_hf import DareConfig, HopTokens, cli, expected_kv_bytes
 from dare_hf.testing import tiny_model
 
 WORDS_OF_HELP = ("demo", "eval", "info", "bench")
@@ -148,6 +148,50 @@ def test_info_tells_where_the_layers_are(tmp_path: Path) -> None:
     assert "supported" in done.stdout
     assert "4 x Gemma3DecoderLayer at model.language_model.layers" in done.stdout
     assert "sliding-window layers: 2, window 12" in done.stdout
+
+
+def _info_json(*arguments: str) -> tuple[int, dict]:
+    done = _run("info", *arguments, "--json")
+    assert done.stdout.count("\n") == 1, done.stderr
+    return done.exit_code, json.loads(done.stdout)
+
+
+def test_info_says_what_a_configuration_will_cost(tmp_path: Path) -> None:
+    model = tiny_model("llava")
+    model.config.save_pretrained(tmp_path)
+    asked = ("--vision", "20", "--text", "10", "--hops", "2", "--hop-text", "5")
+    code, found = _info_json(str(tmp_path), *asked)
+    assert (code, found["supported"], found["config"]) == (0, True, "safe")
+    costs = found["costs"]
+    hops = [HopTokens(20, 10), *[HopTokens(sampled_text=5)] * 2]
+    expected = expected_kv_bytes(model, DareConfig.preset("safe"), hops=hops)
+    kv = [costs["kv_bytes"]["prefill"], *costs["kv_bytes"]["hops"]]
+    assert [hop["end"] for hop in kv] == [sum(layers) for layers in expected.ends]
+    assert [hop["begin"] for hop in kv] == [sum(layers) for layers in expected.begins]
+    assert kv[-1]["plain"] == expected.baseline > kv[-1]["end"]
+    assert costs["flops"]["prefill"]["dare"] < costs["flops"]["prefill"]["plain"]
+    text = _run("info", str(tmp_path), *asked).stdout
+    for part in ("prefill, FLOP", "first decoded token, FLOP", "KV at the end of hop 2, bytes"):
+        assert part in text
+    DareConfig(schedule="constant", vision_retention=0.1).save_pretrained(tmp_path / "own")
+    _, less = _info_json(str(tmp_path), *asked, "--config", str(tmp_path / "own"))
+    assert less["costs"]["kv_bytes"]["prefill"]["end"] < kv[0]["end"]
+
+
+def test_info_refuses_learned_rates_without_an_adapter(tmp_path: Path) -> None:
+    tiny_model("llava").config.save_pretrained(tmp_path)
+    fresh = DareConfig(scorer="router", schedule="learned")
+    fresh.save_pretrained(tmp_path / "fresh")
+    done = _run("info", str(tmp_path), "--text", "9", "--config", str(tmp_path / "fresh"))
+    assert done.exit_code == cli.REFUSED
+    assert "adapter_model.safetensors" in done.stderr
+
+
+def test_info_json_tells_why_not(tmp_path: Path) -> None:
+    GPTNeoXConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    code, found = _info_json(str(tmp_path))
+    assert (code, found["supported"]) == (cli.REFUSED, False)
+    assert "'gpt_neox'" in found["reason"]
 
 
 def test_info_tells_why_not(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -28,6 +28,8 @@ class HopCounters:
         injected: Logical columns [start, end) of spans after the prompt; no window counts them.
         barriers: Per row the [start, end) of those it really got; no delimiter reaches across one.
         cuts: Per row the ends of hops that only such a span closed; without it they are open.
+        ledgers: Per row how many tokens its layers hold by counts alone; None where a crop has cut
+            into what was pruned, so that counts do not say it.
     """
 
     ends: list[list[int]] = field(default_factory=list)
@@ -36,6 +38,7 @@ class HopCounters:
     injected: list[tuple[int, int]] = field(default_factory=list)
     barriers: list[list[tuple[int, int]]] = field(default_factory=list)
     cuts: list[list[int]] = field(default_factory=list)
+    ledgers: list[Any] = field(default_factory=list)
 
     def ensure(self, batch: int) -> None:
         """Make room for `batch` rows, all in hop 0."""
@@ -43,6 +46,7 @@ class HopCounters:
             self.ends = [[] for _ in range(batch)]
             self.compacted = [0] * batch
             self.barriers, self.cuts = [[] for _ in range(batch)], [[] for _ in range(batch)]
+            self.ledgers = [None] * batch
 
     def open_hops(self) -> list[int]:
         """The hop each row is in."""
@@ -65,7 +69,8 @@ class HopCounters:
         """Take the rows named by `indices` [B'], as beam search does."""
         if not self.ends:
             return
-        rows = list(zip(self.ends, self.compacted, self.barriers, self.cuts, strict=True))
+        parts = (self.ends, self.compacted, self.barriers, self.cuts, self.ledgers)
+        rows = list(zip(*parts, strict=True))
         alike = all(row == rows[0] for row in rows)
         order = [0] * len(indices) if alike else indices.tolist()
         self._take(order)
@@ -85,6 +90,7 @@ class HopCounters:
         self.compacted = [self.compacted[i] for i in order]
         self.barriers = [list(self.barriers[i]) for i in order]
         self.cuts = [list(self.cuts[i]) for i in order]
+        self.ledgers = [self.ledgers[i] for i in order]
 
     def crop(self, length: int, seen: int) -> None:
         """Forget logical positions `length` to `seen`; hops closed there are open again."""
@@ -99,6 +105,9 @@ class HopCounters:
         self.compacted = [min(hop, len(ends)) for hop, ends in pairs]
         self.injected = _cropped(self.injected, length)
         self.barriers = [_cropped(spans, length) for spans in self.barriers]
+        self.ledgers = [
+            None if ledger and length < ledger.end else ledger for ledger in self.ledgers
+        ]
 
     def remember(self, ids: Tensor, count: int) -> None:
         """Keep the last `count` sampled ids, [B, S] `ids` being the newest."""
@@ -130,7 +139,7 @@ class HopCounters:
     def reset(self) -> None:
         """Back to an empty sequence."""
         self.ends, self.compacted, self.tail = [], [], None
-        self.injected, self.barriers, self.cuts = [], [], []
+        self.injected, self.barriers, self.cuts, self.ledgers = [], [], [], []
 
     def served(self) -> list[int]:
         """Per row the hop whose begin was last served."""
@@ -145,6 +154,7 @@ class HopCounters:
             injected=list(self.injected),
             barriers=[list(row) for row in self.barriers],
             cuts=[list(row) for row in self.cuts],
+            ledgers=list(self.ledgers),
         )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from dare_hf.errors import AdapterMismatchError, DareStateError
 from dare_hf.routers.holder import NAME, OFFLOADED, active_routers, holder_of
+from dare_hf.routers.router import rate_row
 from dare_hf.routing.retention import learned_table
 
 if TYPE_CHECKING:
@@ -123,15 +124,24 @@ class ActiveAdapter:
         logits = [_logits(router) for router in routers]
         self._read = [(tensor, _version(tensor)) for tensor in logits]
         self._values = _stacked(logits)
-        same_place = len({tensor.device for tensor in logits}) == 1
-        with torch.no_grad():
-            every = logits if same_place else [tensor.cpu() for tensor in logits]
-            rates = torch.sigmoid(torch.stack(list(every)).float()).double().tolist()
-        first = routers[0]
-        rows = [first.rate_row(hop) for hop in range(len(rates[0]))]
-        by_hop = [[layer[row] for layer in rates] for row in rows]
-        table = learned_table(by_hop, plan_every=settings.config.plan_every)
-        return table.following(settings.sources)
+        return rates_learned(logits, settings)
+
+
+def rates_learned(logits: Sequence[Tensor], settings: Settings) -> RetentionTable:
+    """The table of rates that an adapter has learned.
+
+    Args:
+        logits: For each layer [hops, 2] rate logits.
+        settings: What the adapter's configuration means on the model.
+    """
+    same_place = len({tensor.device for tensor in logits}) == 1
+    with torch.no_grad():
+        every = logits if same_place else [tensor.cpu() for tensor in logits]
+        rates = torch.sigmoid(torch.stack(list(every)).float()).double().tolist()
+    count = len(rates[0])
+    by_hop = [[layer[rate_row(hop, count)] for layer in rates] for hop in range(count)]
+    table = learned_table(by_hop, plan_every=settings.config.plan_every)
+    return table.following(settings.sources)
 
 
 def _logits(router: Router) -> Tensor:

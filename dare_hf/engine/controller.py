@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,7 @@ from dare_hf.compat import CACHE, checkpoints, named_cache
 from dare_hf.engine.attention_functions import check_attention
 from dare_hf.engine.plan import Planner
 from dare_hf.engine.recorder import NewestRun, Recorder
+from dare_hf.engine.settings import stored_shapes
 from dare_hf.engine.step import MOST_UNSCORED, is_step, most_unscored, score_later
 from dare_hf.engine.thread_state import OpenForward, Repeats, ThreadState
 from dare_hf.errors import DareStateError
@@ -25,7 +25,8 @@ from dare_hf.forward.inputs import open_context, without_own
 from dare_hf.hops.compaction import compact, due_rows
 from dare_hf.hops.eviction import never_thins
 from dare_hf.hops.in_forward import InnerHops
-from dare_hf.report.flops import shapes_of
+from dare_hf.hops.ledger import LedgerRules
+from dare_hf.hops.ledger_rows import know_rows, note_span
 from dare_hf.simulation import SimulationRecord, open_simulation
 
 if TYPE_CHECKING:
@@ -108,10 +109,8 @@ class Controller:
 
     @property
     def shapes(self) -> list[LayerShape]:
-        """What each layer costs now: adapters of peft come and go; windows are not kept to."""
-        shapes = shapes_of(self.anatomy.layers, self.anatomy.text_config)
-        pairs = zip(shapes, self._shares, strict=True)
-        return [replace(shape, window=None, kv_shares=n) for shape, n in pairs]
+        """What each layer costs now: adapters of peft come and go."""
+        return stored_shapes(self.anatomy, self._shares)
 
     @property
     def disabled(self) -> bool:
@@ -233,6 +232,7 @@ class Controller:
             recorder = self._recorder(cache, call)
             inside = InnerHops.inside(context, self.config)
             if cache is not None:
+                know_rows(cache, len(self.anatomy.layers))
                 if inside or most_unscored(cache) >= MOST_UNSCORED:
                     score_later(cache, self, recorder.note_scored)
                 self._compact(cache, recorder)
@@ -252,7 +252,7 @@ class Controller:
         if any(due_rows(cache)):
             score_later(cache, self, recorder.note_scored)
         note = recorder.note_compaction if left is None else left.append
-        compact(cache, self.config, self.table, self._expanders, note)
+        compact(cache, self.config, self.table, self._expanders, note, self.exempt)
 
     def _keep_span(self, kwargs: dict[str, Any]) -> None:
         """Let no layer be cut to a part of the span, from which no token could be chosen.
@@ -334,6 +334,7 @@ class Controller:
         left: list[Compaction] = []
         with nullcontext() if cache is None else cache.all_or_nothing():
             close_context(context, entry.kwargs, self.rules)
+            note_span(context, LedgerRules(self.config, self.table, self.exempt))
             recorder.read(context)
             if self.config.max_kv_tokens is not None and cache is not None and ended:
                 self._compact(cache, recorder, left)

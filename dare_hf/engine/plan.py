@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dare_hf.routing.counts import kept_counts, span_budgets
 from dare_hf.routing.even_grid import even_grid
 from dare_hf.routing.kinds import TEXT, VISION
-from dare_hf.routing.retention import budget
-from dare_hf.routing.selection import equalise, gather_index, keep_mask
+from dare_hf.routing.selection import gather_index, keep_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -136,12 +136,8 @@ class Planner:
 
     def budgets(self, context: ForwardContext, layer: int) -> list[list[int]]:
         """Host budgets per row, [text, vision], before forced tokens and survivors."""
-        rate = self.table.rate
-        rows = [
-            [budget(rate(hop, layer, m), counts[m]) for m in (TEXT, VISION)]
-            for hop, counts in zip(context.span_hop, context.counts, strict=True)
-        ]
-        return equalise(rows, context.counts) if self.config.batch_budget == "equal" else rows
+        equal = self.config.batch_budget == "equal"
+        return span_budgets(self.table, layer, context.span_hop, context.counts, equal=equal)
 
     def prunes(self, context: ForwardContext, layer: int, before: Plan | None) -> tuple[bool, ...]:
         """Per row whether the layer chooses among its tokens of the span; () where it never does.
@@ -172,10 +168,7 @@ class Planner:
         available, candidates = context.counts, span
         if before is not None and before.keep is not None and self.config.pruned == "drop":
             available, candidates = before.kept, span & before.keep
-        kept = [
-            [min(max(k, f), n) for k, f, n in zip(row, forced, counts, strict=True)]
-            for row, forced, counts in zip(rows, context.forced_counts, available, strict=True)
-        ]
+        kept = list(map(kept_counts, rows, context.forced_counts, available))
         device = context.device
         wanted = torch.tensor(kept).to(device, non_blocking=True)
         first = None

@@ -8,19 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
+from dare_hf.cache.hop_counters import counters_of
 from dare_hf.engine.plan import keep_all
 from dare_hf.errors import DareStateError
 from dare_hf.hops.compaction import stored_counts
 from dare_hf.report.builder import ReportBuilder
-from dare_hf.report.flops import (
-    attention_scorer_flops,
-    key_norm_scorer_flops,
-    kv_bytes,
-    router_flops,
-)
+from dare_hf.report.flops import kv_bytes
 from dare_hf.routing.kinds import TEXT, VISION
-from dare_hf.routing.retention import UNSCORED_LAYERS
-from dare_hf.scoring.observe import WINDOW
+from dare_hf.scoring.cost import ScoringCost
 
 if TYPE_CHECKING:
     from dare_hf.cache import DareCache
@@ -28,6 +23,7 @@ if TYPE_CHECKING:
     from dare_hf.engine.settings import Settings
     from dare_hf.forward.facts import ForwardContext
     from dare_hf.hops.compaction import Compaction, HeldCounts
+    from dare_hf.hops.ledger import Ledger
     from dare_hf.report import DareReport
     from dare_hf.report.report import Phase
 
@@ -76,6 +72,7 @@ class Recorder:
         self._totals: list[list[int]] = []
         self._begun: list[int] = []
         self._kept: list[list[int]] = []
+        self._ledgers: list[Ledger | None] = []
         self._frozen = False
         self._steps: Steps | None = None
         self._carried: list[int] = []
@@ -140,6 +137,7 @@ class Recorder:
         tails = {i: queries[i] for i in layers if i not in plans or plans[i].cut}
         if context.cache is not None:
             self._kept = _kept(context.cache, len(self.shapes))
+            self._ledgers = _ledgers(context.cache)
         real = context.real_counts
         if len(self._real) != context.batch or context.past == 0:
             self._real = self._carried
@@ -160,8 +158,10 @@ class Recorder:
             self._count_steps()
             if len(self._real) != context.batch:
                 self._real = self._carried
+            assert context.cache is not None
             self._steps = Steps.begun(context)
             self._ran = set(self._steps.kept)
+            self._ledgers = _ledgers(context.cache)
             self._note_span(context)
         self._steps.count += 1
 
@@ -181,31 +181,21 @@ class Recorder:
 
     def note_scored(self, layer: int, tokens: int) -> None:
         """Count the scoring of sampled tokens whose hop has closed."""
-        self.builder.scorer(self._token_scoring(layer, tokens), "decode")
+        cost = ScoringCost(self.scorer, self.shapes, self.builder.hidden)
+        self.builder.scorer(cost.of(layer, tokens, [], []), "decode")
 
     def _note_scoring(self, context: ForwardContext, keys: list[list[int]], phase: Phase) -> None:
+        if self.scorer == "attention" and context.span is None:
+            return  # sampled tokens get no attention score
         flops, tokens = 0, sum(context.real_counts)
         for index, plan in context.plans.items():
             reused = self.sources[index] != index or context.plans.get(index - 1) is plan
             if plan.scores is None or reused:
                 continue
-            if self.scorer == "attention" and index >= UNSCORED_LAYERS:
-                shape = self.shapes[index - 1]
-                flops += sum(
-                    attention_scorer_flops(shape, min(WINDOW, sum(row)), n)
-                    for row, n in zip(context.plans[index - 1].kept, keys[index - 1], strict=True)
-                )
-            else:
-                flops += self._token_scoring(index, tokens)
+            before = context.plans[index - 1].kept if index else []
+            cost = ScoringCost(self.scorer, self.shapes, self.builder.hidden)
+            flops += cost.of(index, tokens, [sum(row) for row in before], keys[max(index - 1, 0)])
         self.builder.scorer(flops, phase)
-
-    def _token_scoring(self, layer: int, tokens: int) -> int:
-        """FLOPs of scores that need nothing but the tokens."""
-        if self.scorer in ("attention", "key_norm"):
-            return key_norm_scorer_flops(self.shapes[layer], self.builder.hidden, tokens)
-        if self.scorer in ("random", "position"):
-            return 0
-        return router_flops(self.builder.hidden, tokens)
 
     def _note_span(self, context: ForwardContext) -> None:
         """Add the span to what the layers hold; record each hop that begins."""
@@ -263,13 +253,31 @@ class Recorder:
         self._count_steps()
         cache = cache or self.cache
         if cache is not None and self._real:
-            self._kept = _kept(cache, len(self.shapes))
-            self.builder.kv(cache.kv_bytes(), self._kept, self._real)
-            self.builder.set_tokens(cache.log.counts_by_hop())
+            counts = cache.log.counts_by_hop()
+            self._kept, self._ledgers = _kept(cache, len(self.shapes)), _ledgers(cache)
+            predicted = self._predicted([sum(map(sum, row)) for row in counts])
+            self.builder.kv(cache.kv_bytes(), predicted, self._real)
+            self.builder.set_tokens(counts)
             self._frozen = True
         elif self._kept and not self._frozen:
             measured = kv_bytes(self.shapes, self._kept, self.builder.itemsize)
-            self.builder.kv(measured, self._kept, self._real)
+            self.builder.kv(measured, self._predicted(self._real), self._real)
+
+    def _predicted(self, real: list[int]) -> list[list[int]]:
+        """[layers][rows] tokens by counts alone; [] for a layer that no forward has come to.
+
+        Args:
+            real: Real tokens of each row, pruned ones counted.
+        """
+        return [
+            [
+                held if ledger is None else ledger.layers[layer].most + count - ledger.seen
+                for held, ledger, count in zip(kept, self._ledgers, real, strict=True)
+            ]
+            if kept
+            else []
+            for layer, kept in enumerate(self._kept)
+        ]
 
     def report(self, cache: DareCache | None = None) -> DareReport:
         """The report as it stands."""
@@ -327,6 +335,10 @@ def _kept(cache: DareCache, layers: int) -> list[list[int]]:
     """[layers][rows] real tokens stored; [] for a layer that no forward has come to."""
     kept = [slot.kept_host for slot in cache.stored]
     return kept + [[] for _ in range(layers - len(kept))]
+
+
+def _ledgers(cache: DareCache) -> list[Ledger | None]:
+    return list(counters_of(cache).ledgers) if cache.hop_counters is not None else []
 
 
 class NewestRun:

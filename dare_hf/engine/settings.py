@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
@@ -13,6 +13,7 @@ from dare_hf.errors import DareConfigError, UnsupportedModelError
 from dare_hf.forward.delimiters import resolve_delimiters
 from dare_hf.forward.modality import audio_token_ids, check_ids, special_token_ids, vision_token_ids
 from dare_hf.forward.token_rules import TokenRules
+from dare_hf.report.flops import shapes_of
 from dare_hf.routing.kinds import TEXT, VISION
 from dare_hf.routing.retention import (
     NAMED,
@@ -23,8 +24,11 @@ from dare_hf.routing.retention import (
 from dare_hf.scoring.base import Scorer, make_scorer
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
     from dare_hf.architectures.locate import Anatomy
     from dare_hf.config import DareConfig
+    from dare_hf.report.flops import LayerShape
 
 logger = logging.get_logger("transformers.dare_hf")
 
@@ -107,7 +111,8 @@ def resolve(model: Any, config: DareConfig, anatomy: Anatomy, processor: Any = N
     for sequence in delimiters:
         check_ids("hop_delimiters", sequence, model_config, rows)
     scorer = make_scorer(config, (spec.pre_attention_norm, spec.key_projection))
-    table = _table(config, anatomy, scorer)
+    whole = [i for i, least in exempt_layers(anatomy).items() if not least]
+    table = rates_of(config, anatomy.sources, scorer, whole)
     prunes_text = min(min(row) for row in table.text) < 1.0
     if prunes_text and scorer.untrained:
         _warn_text(config)
@@ -140,6 +145,17 @@ def exempt_layers(anatomy: Anatomy) -> dict[int, int]:
     return found
 
 
+def stored_shapes(anatomy: Anatomy, shares: Sequence[int]) -> list[LayerShape]:
+    """What each layer costs with a DareCache, which keeps to no window.
+
+    Args:
+        anatomy: Where the layers are.
+        shares: Per layer the processes that store its heads between them.
+    """
+    pairs = zip(shapes_of(anatomy.layers, anatomy.text_config), shares, strict=True)
+    return [replace(shape, window=None, kv_shares=n) for shape, n in pairs]
+
+
 def _missed(config: DareConfig, table: RetentionTable) -> tuple[str, ...]:
     """What to say of named rates whose mean layers that keep everything put out of reach."""
     if config.schedule not in NAMED:
@@ -158,13 +174,21 @@ def _missed(config: DareConfig, table: RetentionTable) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _table(config: DareConfig, anatomy: Anatomy, scorer: Scorer) -> RetentionTable:
+def rates_of(
+    config: DareConfig, sources: tuple[int, ...], scorer: Scorer, whole: Collection[int] = ()
+) -> RetentionTable:
     """The rates of a schedule; of "learned" those it starts from.
 
     A schedule is laid over the layers that own keys; the others follow their source. A list has
     a pair for every layer, of which those of followers are not read.
+
+    Args:
+        config: The configuration.
+        sources: For each layer the one whose keys it reads.
+        scorer: Who scores tokens.
+        whole: Layers that keep everything whatever the schedule.
     """
-    layers, owners = len(anatomy.layers), len(set(anatomy.sources))
+    layers, owners = len(sources), len(set(sources))
     learns = config.learns_rates
     schedule = "two_stage" if learns else config.schedule
     if not isinstance(schedule, str) and len(schedule) == layers:
@@ -182,14 +206,14 @@ def _table(config: DareConfig, anatomy: Anatomy, scorer: Scorer) -> RetentionTab
         max_hops=config.max_hops if config.hop_aware else 1,
         hop_decay=config.hop_decay if config.hop_aware else 1.0,
         scorer_needs_history=scorer.needs_attention and not learns,
-        whole=() if learns else [i for i, least in exempt_layers(anatomy).items() if not least],
-        runs=[anatomy.sources.count(layer) for layer in range(owners)],
+        whole=() if learns else whole,
+        runs=[sources.count(layer) for layer in range(owners)],
     )
     if learns:
         hops = zip(table.text, table.vision, strict=True)
         pairs = [list(zip(*rows, strict=True)) for rows in hops]
         table = learned_table(pairs, plan_every=config.plan_every)
-    return table.following(anatomy.sources)
+    return table.following(sources)
 
 
 def check_adapter(config: DareConfig, *, present: bool) -> None:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dare_hf.cache import Thinning
 from dare_hf.cache.hop_counters import counters_of
 from dare_hf.hops.eviction import HopPruner, StoredTokens
+from dare_hf.hops.ledger import LedgerRules
+from dare_hf.hops.ledger_rows import begun_ledgers
 from dare_hf.routing.kinds import TEXT, VISION
 from dare_hf.scoring.observe import observed_scores
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
     from dare_hf.cache import DareCache, DareLayer
     from dare_hf.config import DareConfig
+    from dare_hf.hops.ledger import Ledger
     from dare_hf.routing.retention import RetentionTable
     from dare_hf.scoring.observe import Expand
 
@@ -38,11 +41,13 @@ class Compaction:
         hops: Per row the hop that begins, 0 for rows that were left alone.
         held: [layer][row][text | vision] stored tokens of closed hops afterwards.
         totals: [row][text | vision] all real tokens of closed hops, pruned ones counted.
+        ledgers: Per row what counts say that its layers hold.
     """
 
     hops: list[int]
     held: HeldCounts
     totals: list[list[int]]
+    ledgers: list[Ledger | None]
 
 
 def due_rows(cache: DareCache) -> list[int]:
@@ -58,6 +63,7 @@ def compact(
     table: RetentionTable,
     expanders: Sequence[Expand | None] | None = None,
     note: Callable[[Compaction], None] | None = None,
+    exempt: Mapping[int, int] | None = None,
 ) -> None:
     """Prune the stored tokens of closed hops in the rows whose hop has begun.
 
@@ -72,16 +78,18 @@ def compact(
         expanders: For each layer what makes keys and values of the latents it stores, None where it
             stores keys; None where all do.
         note: Told what each hop leaves, once that is decided.
+        exempt: Layers that keep everything of a span, and from how many columns on.
 
     Source: docs/method.md, section 5.
     """
     cache.settle()
+    rules = LedgerRules(config, table, exempt or {})
     while any(due := due_rows(cache)):
         state = counters_of(cache)
         served = [max(a, b) for a, b in zip(state.compacted, due, strict=True)]
-        found, decided = _begin_hops(cache, config, table, due, expanders)
+        found, decided = _begin_hops(cache, rules, due, expanders)
         # Nothing fails between these two: a hop is served when what it leaves is decided.
-        state.compacted = served
+        state.compacted, state.ledgers = served, found.ledgers
         cache.decide(decided)
         if note is not None:
             note(found)
@@ -90,15 +98,15 @@ def compact(
 
 def _begin_hops(
     cache: DareCache,
-    config: DareConfig,
-    table: RetentionTable,
+    rules: LedgerRules,
     due: list[int],
     expanders: Sequence[Expand | None] | None,
 ) -> tuple[Compaction, list[Thinning]]:
     """What one hop leaves in the rows that are due, and what that changes; nothing is yet."""
-    pruner = HopPruner(cache.log, config, table, due)
+    config = rules.config
+    pruner = HopPruner(cache.log, config, rules.table, due)
     if max(due) == 1 and config.max_kv_tokens is None:
-        return Compaction(due, [], pruner.totals()), []
+        return Compaction(due, [], pruner.totals(), begun_ledgers(cache, pruner, rules, {})), []
     state = counters_of(cache)
     pairs = zip(state.ends, due, strict=True)
     ends = [row[hop - 1] if hop else -1 for row, hop in pairs]
@@ -119,7 +127,10 @@ def _begin_hops(
         held[i] = [row[:2] for row in rows]
         kept = [row[2] for row in rows]
         decided.append(Thinning(slot, slot._table, keep, kept, scores.get(i)))
-    return Compaction(due, held, pruner.totals()), decided
+    places = list(pruner.available)
+    available = dict(zip(places, _to_host(list(pruner.available.values())), strict=True))
+    ledgers = begun_ledgers(cache, pruner, rules, available)
+    return Compaction(due, held, pruner.totals(), ledgers), decided
 
 
 def _tokens(
@@ -146,7 +157,7 @@ def renewed(old: Tensor, new: Tensor, closed: Tensor) -> Tensor:
     return torch.where(closed, torch.maximum(OBSERVED_DECAY * old, new.float()), old)
 
 
-def _to_host(counts: list[Tensor]) -> list[list[list[int]]]:
+def _to_host(counts: list[Tensor]) -> list[Any]:
     """One device-to-host copy where all layers are on one device."""
     if len({tensor.device for tensor in counts}) == 1:
         return torch.stack(counts).tolist()

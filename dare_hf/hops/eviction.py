@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from dare_hf.routing.counts import closed_budgets, closed_groups
 from dare_hf.routing.kinds import TEXT, VISION
-from dare_hf.routing.retention import budget
 from dare_hf.routing.selection import (
     capped_keep,
     compaction_keep,
@@ -71,6 +71,7 @@ class HopPruner:
         real = log.modality >= 0
         self.prefixes = hop_prefix_mask(real, log.hop, config.prefix_tokens)
         self.pinned = self.prefixes if log.always is None else self.prefixes | log.always
+        self.available: dict[int, Tensor] = {}  # Long[B, groups, 2, 2] candidates, forced ones
         self.alive: Tensor | None = None
         if config.pruned == "drop":
             self.alive = torch.ones_like(self.pinned)
@@ -84,18 +85,27 @@ class HopPruner:
 
     def budgets(self, layer: int) -> list[list[list[int]]]:
         """[row][1 or hop][text | vision] tokens to keep of closed hops."""
-        pooled = self.config.resolved_hop_budget == "pooled"
-        hops = max(self.due)
-        groups = 1 if pooled else hops
-        rows = []
+        most, rows = self.groups, []
         for row, begun in zip(self.counts, self.due, strict=True):
-            closed = [hop if h < begun else [0, 0] for h, hop in enumerate(row[:hops])]
-            closed += [[0, 0]] * (hops - len(closed))
-            if pooled:
-                closed = [[sum(hop[m] for hop in closed) for m in (TEXT, VISION)]]
-            rates = [self.table.rate(begun, layer, m) if begun > 1 else 1.0 for m in (0, 1)]
-            rows.append([[budget(rates[m], hop[m]) for m in (0, 1)] for hop in closed[:groups]])
+            groups = closed_groups(row, begun, pooled=self.pooled)
+            budgets = closed_budgets(self.table, layer, begun, groups)
+            rows.append(budgets + [[0, 0] for _ in range(most - len(groups))])
         return rows
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the tokens of all closed hops compete with each other."""
+        return self.config.resolved_hop_budget == "pooled"
+
+    @property
+    def groups(self) -> int:
+        """How many groups of tokens compete among themselves, in the row that has most."""
+        return 1 if self.pooled else max(self.due)
+
+    @property
+    def by_scores(self) -> bool:
+        """Whether scores may decide how many of a modality are left, not only which."""
+        return self.config.max_kv_tokens is not None or self.config.pruned == "drop"
 
     def keep(self, layer: int, tokens: StoredTokens) -> Tensor:
         """Bool[B, C]: the stored columns of `layer` that stay; call it layer by layer."""
@@ -115,6 +125,9 @@ class HopPruner:
             scores = scores(closed)
         rows = self.budgets(layer)
         groups = range(len(rows[0]))
+        if self.by_scores:
+            parts = [self._in_groups(part, modality, hop) for part in (candidates, forced)]
+            self.available[layer] = torch.stack([parts[0], parts[0] & parts[1]], -2).sum(-1)
         largest = [(max(r[g][TEXT] for r in rows), max(r[g][VISION] for r in rows)) for g in groups]
         wanted = torch.tensor(rows).to(where.device, non_blocking=True)
         keep = compaction_keep(scores, modality, hop, candidates, forced, wanted, largest)
@@ -126,6 +139,26 @@ class HopPruner:
             marks = torch.nn.functional.pad(self.alive, (0, 1)).to(where.device)
             self.alive = marks.scatter(1, gone, False)[:, :-1]
         return keep | (stored & ~closed)
+
+    def _in_groups(self, tokens: Tensor, modality: Tensor, hop: Tensor) -> Tensor:
+        """Bool[B, groups, 2, C]: the stored tokens of each group and modality."""
+        kinds = torch.arange(2, device=hop.device)
+        found = tokens[:, None] & (modality[:, None] == kinds[:, None])
+        if self.pooled:
+            return found[:, None]
+        group = torch.arange(self.groups, device=hop.device)[:, None, None]
+        return found[:, None] & (hop[:, None, None] == group)
+
+    def pinned_counts(self) -> list[list[list[int]]]:
+        """[row][hop][text | vision] tokens of closed hops that no rate removes; one host copy."""
+        modality, hops = self.log.modality, max(self.due)
+        parts = [
+            (self.pinned & (self.log.hop == hop) & (modality == m)).sum(1)
+            for hop in range(hops)
+            for m in (TEXT, VISION)
+        ]
+        found = torch.stack(parts, dim=1).view(len(self.due), hops, 2).tolist()
+        return [row[:begun] for row, begun in zip(found, self.due, strict=True)]
 
     @cached_property
     def tiers(self) -> list[Tensor]:

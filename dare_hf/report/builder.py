@@ -132,8 +132,8 @@ class ReportBuilder:
 
         Args:
             measured: Bytes of real tokens, from the cache's tensors.
-            kept: [layers][rows] real tokens each layer should hold by host counts; [] for one that
-                no forward has come to.
+            kept: [layers][rows] real tokens each layer should hold by rates and token counts; []
+                for one that no forward has come to.
             lengths: [rows] real tokens of each sequence, pruned ones counted.
         """
         shapes, itemsize, report = self.shapes, self.itemsize, self._report

@@ -23,7 +23,8 @@ class DareReport:
         flops_baseline: FLOPs of the same tokens without pruning.
         kv_bytes: Bytes of the real tokens the cache holds, measured on its tensors.
         kv_bytes_baseline: Bytes of an unpruned cache of the same rows and real tokens.
-        kv_bytes_predicted: Bytes the rates promise, from token counts alone.
+        kv_bytes_predicted: Bytes the rates promise, from the run's token counts alone, as
+            `expected_kv_bytes` counts them before a run.
         retention: `[hop][layer][modality]` share of all real tokens of "vision" or "text" in closed
             hops and in the hop's own span that the layer holds when the hop's sampled tokens begin;
             None where there is no such token.

@@ -41,13 +41,21 @@ def read_adapter(source: str) -> tuple[DareConfig, Path]:
     Raises:
         DareConfigError: There is no adapter, or it belongs to another method.
     """
+    return read_config(source), tensors_file(source)
+
+
+def read_config(source: str) -> DareConfig:
+    """The configuration in a folder or hub id, with or without an adapter's tensors beside it.
+
+    Raises:
+        DareConfigError: There is none, or it belongs to another method.
+    """
     try:
-        config = DareConfig.from_pretrained(source)
+        return DareConfig.from_pretrained(source)
     except DareConfigError:
         raise
     except (OSError, ValueError) as error:
         raise _nothing(source, error) from error
-    return config, tensors_file(source)
 
 
 def tensors_file(source: str, **hub: Any) -> Path:

@@ -87,8 +87,17 @@ class Router(nn.Module):
         return torch.sigmoid(self.rate_logits.float())
 
     def rate_row(self, hop: int) -> int:
-        """The row of `rates` that serves `hop`: row 0 for hops 0 and 1, row h for a later hop h.
+        """The row of `rates` that serves `hop`."""
+        return rate_row(hop, self.rate_logits.shape[0])
 
-        One row for hops 0 and 1 lets the boundary between them remove nothing. Row 1 is unused.
-        """
-        return 0 if hop <= 1 else min(hop, self.rate_logits.shape[0] - 1)
+
+def rate_row(hop: int, rows: int) -> int:
+    """The row of learned rates that serves `hop`: row 0 for hops 0 and 1, row h for a later hop h.
+
+    One row for hops 0 and 1 lets the boundary between them remove nothing. Row 1 is unused.
+
+    Args:
+        hop: The hop.
+        rows: Rows there are; the last one serves all later hops.
+    """
+    return 0 if hop <= 1 else min(hop, rows - 1)
