@@ -107,7 +107,7 @@ def test_routers_are_saved_loaded_and_trained(name, tmp_path):
 class Watch:
     """Sits where attention looks for DARE, and keeps what it was called with."""
 
-    mean = None
+    mean, watching = None, True
 
     def __init__(self):
         self.seen = None

@@ -74,6 +74,7 @@ class _Watcher:
     tokens: Tokens
     mean: HeadMean = local_mean
     seen: Seen = field(default_factory=Seen)
+    watching: bool = True
 
     def before_attention(self, tensors: tuple[Tensor, ...], call: AttentionCall) -> Any:
         return call.mask
