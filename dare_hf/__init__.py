@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dare_hf.api import apply_dare, dare_disabled, last_report, remove_dare
+    from dare_hf.api import apply_dare, dare_applied, dare_disabled, last_report, remove_dare
     from dare_hf.cache import DareCache
     from dare_hf.config import DareConfig
     from dare_hf.expected import HopTokens, expected_kv_bytes
@@ -22,6 +22,7 @@ _HOMES = {
     "DareReport": "report",
     "HopTokens": "expected",
     "apply_dare": "api",
+    "dare_applied": "api",
     "dare_disabled": "api",
     "expected_kv_bytes": "expected",
     "last_report": "api",
@@ -35,6 +36,7 @@ __all__ = [
     "DareReport",
     "HopTokens",
     "apply_dare",
+    "dare_applied",
     "dare_disabled",
     "expected_kv_bytes",
     "last_report",

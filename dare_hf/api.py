@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from dare_hf.architectures.locate import locate
 from dare_hf.config import DareConfig
+from dare_hf.config.dare_config import PRESETS
 from dare_hf.engine.active_adapter import ActiveAdapter
 from dare_hf.engine.attach import (
     attach,
@@ -23,6 +24,7 @@ from dare_hf.engine.attach import (
     unwrap,
     watch_attention,
 )
+from dare_hf.engine.peft_places import check_virtual_tokens
 from dare_hf.engine.settings import check_adapter, made_for, resolve
 from dare_hf.engine.undo import UndoRecord
 from dare_hf.errors import DareConfigError, DareStateError, UnsupportedModelError
@@ -54,9 +56,10 @@ def apply_dare(
 
     Args:
         model: A supported model of transformers, or a PeftModel around one.
-        config: What to prune, None for `DareConfig()`, which is training-free and safe; or the
-            folder or hub id of a trained router adapter, whose configuration and weights are read.
-            Such an adapter is not one of peft's: LoRA adapters on the same model stay as they are.
+        config: What to prune, None for `DareConfig()`, which is training-free and safe; or the name
+            of a preset; or a folder or hub id, of a training-free configuration or of a trained
+            router adapter, whose configuration and weights are read. Such an adapter is not one of
+            peft's: LoRA adapters on the same model stay as they are.
         processor: Only needed when `hop_delimiters` of the configuration holds strings.
 
     Returns:
@@ -65,7 +68,8 @@ def apply_dare(
     Raises:
         DareConfigError: The configuration does not fit this model, or there is no such adapter.
         DareStateError: The model already has DARE.
-        UnsupportedModelError: The architecture cannot be routed.
+        UnsupportedModelError: The architecture cannot be routed, or an adapter of peft on it tells
+            tokens by their place, or brings virtual ones.
         AdapterMismatchError: The adapter was made for another depth, width or architecture.
     """
     target = unwrap(model)
@@ -74,15 +78,18 @@ def apply_dare(
             f"model: expected a loaded model of transformers; got {model!r}"
         )
     file = None
-    if isinstance(config, (str, os.PathLike)):
+    if isinstance(config, str) and config in PRESETS:
+        config = DareConfig.preset(config)
+    elif isinstance(config, (str, os.PathLike)):
         config, file = read_adapter(os.fspath(config))
     config = DareConfig() if config is None else config
     if not isinstance(config, DareConfig):
         raise DareConfigError(
-            f"config: expected a DareConfig, an adapter's folder or hub id, or None; got "
+            f"config: expected a DareConfig, a preset's name, a folder or hub id, or None; got "
             f"{type(config).__name__}"
         )
     check_free(target)
+    check_virtual_tokens(model)
     anatomy = locate(target)
     check_made_for(config, made_for(anatomy))
     check_adapter(config, present=file is not None)
@@ -120,6 +127,32 @@ def remove_dare(model: nn.Module) -> nn.Module:
         )
     state.undo.undo()
     return model
+
+
+@contextmanager
+def dare_applied(
+    model: nn.Module,
+    config: DareConfig | str | os.PathLike[str] | None = None,
+    *,
+    processor: Any = None,
+) -> Iterator[nn.Module]:
+    """Put DARE on for the length of a block; afterwards the model is exactly what it was.
+
+    Args:
+        model: As `apply_dare` takes it.
+        config: As `apply_dare` takes it.
+        processor: As `apply_dare` takes it.
+
+    Raises:
+        DareError: Whatever `apply_dare` refuses.
+    """
+    apply_dare(model, config, processor=processor)
+    state = state_of(model)
+    try:
+        yield model
+    finally:
+        if vars(unwrap(model)).get("_dare") is state:  # else the block has taken it off itself
+            state.undo.undo()
 
 
 @contextmanager

@@ -114,7 +114,7 @@ def test_joined_steps_count_what_single_ones_do(name, monkeypatch):
             return last_report(model).to_dict() | {"seconds": 0}, new_tokens(inputs, out)
 
     ours, tokens = report()
-    monkeypatch.setattr("dare_hf.engine.controller.is_step", lambda *args: False)
+    monkeypatch.setattr("dare_hf.engine.controller.is_step", lambda *args, **kwargs: False)
     single, same = report()
     assert tokens.shape[1] == LONG
     assert tokens.tolist() == same.tolist()

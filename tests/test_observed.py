@@ -84,8 +84,8 @@ def test_a_closed_hop_is_scored_by_its_last_queries(name, queries):
     mask = inputs["attention_mask"]
     with dare(model, scorer="attention", hop_delimiters=(DELIMITER,), **PRUNED):
         controller = model._dare.controller
-        controller.enter_generate(GenerationCall(prompt_length=size, start=0, continues=True))
-        try:
+        call = GenerationCall(prompt_length=size, start=0, continues=True)
+        with controller.generating(call, cache):
             forward(model, inputs, **{CACHE: cache}, use_cache=True)
             for step, count in enumerate(STEPS):
                 words = torch.randint(20, 90, (3, count), generator=generator)
@@ -105,6 +105,4 @@ def test_a_closed_hop_is_scored_by_its_last_queries(name, queries):
                     pairs = [(ours[position], scores[position]) for position in stays]
                     assert pairs == [(pytest.approx(b, abs=TOLERANCE), b) for _, b in pairs]
                     checked += len(gone) > 0
-        finally:
-            controller.leave_generate()
     assert checked > 10, "hardly anything went"

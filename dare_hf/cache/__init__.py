@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
 
+from dare_hf.cache.companions import HopTracker, Recorder, RunningCall, Told
 from dare_hf.cache.layer import BeforeStep, DareLayer
 from dare_hf.cache.log import TokenLog
 from dare_hf.cache.mixed import other_layers, row_count, select_rows, snapshot
@@ -26,48 +26,6 @@ if TYPE_CHECKING:
     from dare_hf.report import DareReport
 
 __all__ = ["DareCache", "DareLayer", "HopTracker", "Thinning", "TokenLog"]
-
-
-class Recorder(Protocol):
-    """Who counts a run."""
-
-    def report(self, cache: DareCache) -> DareReport:
-        """What was counted, with the cache as it is now."""
-
-
-class _Told(NamedTuple):
-    """What was counted by a recorder that a copied cache has left behind."""
-
-    found: DareReport
-
-    def report(self, cache: DareCache) -> DareReport:
-        """What was counted then."""
-        return copy.deepcopy(self.found)
-
-
-class HopTracker(Protocol):
-    """The hop counters that travel with a cache."""
-
-    def open_hops(self) -> list[int]:
-        """The hop each row is in."""
-
-    def reorder(self, indices: Tensor) -> None:
-        """Take the rows `indices`."""
-
-    def repeat(self, repeats: int) -> None:
-        """Repeat every row in place."""
-
-    def crop(self, length: int, seen: int) -> None:
-        """Forget the tokens at logical positions from `length` to `seen`."""
-
-    def reset(self) -> None:
-        """Back to an empty sequence."""
-
-    def served(self) -> list[int]:
-        """Per row the hop whose begin was last served by a compaction."""
-
-    def snapshot(self) -> HopTracker:
-        """A copy that later changes of the counters do not reach."""
 
 
 class Thinning(NamedTuple):
@@ -113,6 +71,7 @@ class DareCache(Cache):
         log: Modality and hop of every logical token.
         hop_counters: Hop counters of the rows; None until a model with DARE has run.
         recorder: Who counted the run this cache was last used in, or None.
+        call: The generate whose sequence it holds, or held last; None outside of one.
         changes: Goes up whenever rows or columns go or move; forwards only add.
 
     Raises:
@@ -128,6 +87,7 @@ class DareCache(Cache):
         self.log = TokenLog()
         self.hop_counters: HopTracker | None = None
         self.recorder: Recorder | None = None
+        self.call: RunningCall | None = None
         self._slots: tuple[int, ...] | None = None
         self._saved: _Saved | None = None
         self._decided: list[Thinning] = []
@@ -184,7 +144,7 @@ class DareCache(Cache):
 
     def __getstate__(self) -> dict[str, Any]:
         """Tensors and plain numbers; a copy knows what its run counted so far."""
-        told = None if self.recorder is None else _Told(self.recorder.report(self))
+        told = None if self.recorder is None else Told(self.recorder.report(self))
         return vars(self) | {"recorder": told}
 
     # What is stored
@@ -291,6 +251,8 @@ class DareCache(Cache):
         self.log.crop(length)
         if self.hop_counters is not None:
             self.hop_counters.crop(length, seen)
+        if self.recorder is not None:
+            self.recorder.crop(seen - length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows `beam_idx`, as beam search does."""
@@ -305,6 +267,8 @@ class DareCache(Cache):
         self.log.reorder(beam_idx)
         if self.hop_counters is not None:
             self.hop_counters.reorder(beam_idx)
+        if self.recorder is not None:
+            self.recorder.reorder(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices` (numbers or a mask)."""
@@ -322,6 +286,8 @@ class DareCache(Cache):
         self.log.repeat(repeats)
         if self.hop_counters is not None:
             self.hop_counters.repeat(repeats)
+        if self.recorder is not None:
+            self.recorder.repeat(repeats)
 
     def reset(self) -> None:
         """Forget the sequence; the report of the last run stays."""

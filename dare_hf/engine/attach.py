@@ -12,10 +12,11 @@ from dare_hf.architectures.locate import attention_of, sees_all
 from dare_hf.architectures.tensor_parallel import head_mean, shared_heads
 from dare_hf.cache.refused import check_attention_cache, refuse_continuous_batching
 from dare_hf.compat import warn_untested
-from dare_hf.engine.attention_functions import watch
+from dare_hf.engine.attention_functions import watch_layers
 from dare_hf.engine.controller import Controller
 from dare_hf.engine.generate import routed_generate
 from dare_hf.engine.methods import current, named, passed, positional
+from dare_hf.engine.peft_places import check_places
 from dare_hf.engine.routed_layer import LayerState, routed_forward
 from dare_hf.engine.settings import exempt_layers
 from dare_hf.errors import DareStateError
@@ -91,10 +92,16 @@ def check_free(target: Any) -> None:
 
 
 def new_controller(settings: Settings, anatomy: Anatomy) -> Controller:
-    """The controller of a model that has no DARE yet."""
+    """The controller of a model that has no DARE yet.
+
+    Raises:
+        DareStateError: Its attention reads a paged cache.
+        UnsupportedModelError: An adapter of peft tells tokens by their place.
+    """
     warn_untested()
     implementation = anatomy.text_config._attn_implementation
     check_attention_cache(implementation)
+    check_places(anatomy.layers)
     exempt = exempt_layers(anatomy)
     controller = Controller(settings, anatomy, implementation, exempt)
     controller.notes += _notes(anatomy, exempt)
@@ -151,8 +158,8 @@ def attach(target: Any, controller: Controller, undo: UndoRecord, owner: Owner) 
 def watch_attention(state: ModelState, settings: Settings) -> None:
     """Let attention be read where these settings need it."""
     if settings.observes:
-        for layer in state.controller.anatomy.layers:
-            watch(attention_of(layer), state.controller.base_implementation, state.undo)
+        controller = state.controller
+        watch_layers(controller.anatomy.layers, controller.base_implementation, state.undo)
 
 
 def _notes(anatomy: Anatomy, exempt: Mapping[int, int]) -> list[str]:

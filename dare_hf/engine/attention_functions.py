@@ -14,13 +14,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from dare_hf.architectures.locate import attention_of
 from dare_hf.errors import DareStateError
 from dare_hf.routing.scores import Softmax
 from dare_hf.scoring.observe import AttentionCall
 from dare_hf.simulation.damping import is_marked
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor, nn
 
@@ -65,6 +66,12 @@ def watch(attention: nn.Module, implementation: str, undo: UndoRecord) -> None:
     config: Any = attention.config
     if not isinstance(config, View):
         undo.set(attention, "config", _watched(config, implementation))
+
+
+def watch_layers(layers: Iterable[nn.Module], implementation: str, undo: UndoRecord) -> None:
+    """Let the attention of these decoder layers be read, as `watch` does for one."""
+    for layer in layers:
+        watch(attention_of(layer), implementation, undo)
 
 
 def _watched(config: Any, implementation: str) -> View:

@@ -12,18 +12,20 @@ from dare_hf.architectures.locate import attention_of
 from dare_hf.architectures.tensor_parallel import kv_shares, share_note
 from dare_hf.cache import DareCache, TokenLog
 from dare_hf.cache.refused import check_caches
-from dare_hf.compat import CACHE, checkpoints, named_cache
+from dare_hf.compat import CACHE, CACHE_NAMES, checkpoints, named_cache
 from dare_hf.engine.attention_functions import check_attention
-from dare_hf.engine.plan import Planner
+from dare_hf.engine.configured import Configured
+from dare_hf.engine.recorded_graph import check_recorded
 from dare_hf.engine.recorder import NewestRun, Recorder
 from dare_hf.engine.settings import stored_shapes
 from dare_hf.engine.step import MOST_UNSCORED, is_step, most_unscored, score_later
-from dare_hf.engine.thread_state import OpenForward, Repeats, ThreadState
-from dare_hf.errors import DareStateError
+from dare_hf.engine.thread_state import OpenForward, Repeats
 from dare_hf.forward.hop_closing import close_context
 from dare_hf.forward.inputs import open_context, without_own
+from dare_hf.forward.packed import check_packed
+from dare_hf.forward.told_prompt import NAME as PROMPT_LENGTH
+from dare_hf.forward.told_prompt import prompt_before, told_labels
 from dare_hf.hops.compaction import compact, due_rows
-from dare_hf.hops.eviction import never_thins
 from dare_hf.hops.in_forward import InnerHops
 from dare_hf.hops.ledger import LedgerRules
 from dare_hf.hops.ledger_rows import know_rows, note_span
@@ -33,24 +35,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from dare_hf.architectures.locate import Anatomy
-    from dare_hf.engine.active_adapter import ActiveAdapter
     from dare_hf.engine.settings import Settings
     from dare_hf.forward.facts import ForwardContext
     from dare_hf.forward.generation_call import GenerationCall
     from dare_hf.hops.compaction import Compaction
     from dare_hf.report.flops import LayerShape
-    from dare_hf.routers.router import Router
 
 
-class Controller:
+class Controller(Configured):
     """What DARE knows about one model; reached from each routed layer.
 
     Attributes:
-        settings: What the configuration means on this model.
-        config: The configuration.
-        table: Rates by hop, layer and modality.
-        scorer: Who scores tokens.
-        rules: What the configuration says about single tokens.
         anatomy: Where the model's layers are.
         base_implementation: The attention implementation the model had.
         newest: The newest run that has finished, in whatever thread.
@@ -63,49 +58,15 @@ class Controller:
         base_implementation: str,
         exempt: Mapping[int, int],
     ) -> None:
+        super().__init__(settings)
         self.anatomy, self.base_implementation, self.exempt = anatomy, base_implementation, exempt
-        self.adapter: ActiveAdapter | None = None
         self._shares = kv_shares(anatomy)
         self.notes = share_note(self._shares)
-        self.configure(settings)
         self.token_kwargs = dict(anatomy.spec.token_kwargs)
         found = [getattr(attention_of(m), "expand_kv", None) for m in anatomy.layers]
         self._expanders = found if any(found) else None
-        self._local = ThreadState()
         self.newest = NewestRun()
         self._recompute = Repeats()
-
-    def configure(self, settings: Settings) -> None:
-        """Route by these settings from the next forward on."""
-        config, table = settings.config, settings.table
-        if vars(self).get("config") is not config:
-            self._tau = config.tau_start
-        self.settings, self.config, self.table = settings, config, table
-        self.scorer, self.rules = settings.scorer, settings.rules
-        self.planner = Planner(config, table)
-        rates = [rate for row in (*table.vision, *table.text) for rate in row]
-        self.never_prunes = min(rates) >= 1.0 and config.max_kv_tokens is None
-        layers = range(len(self.anatomy.layers))
-        self._unthinned = {i for i in layers if never_thins(config, table, i)}
-        # the layers by whose scores another, or the layer itself, is thinned
-        self._thinned_plans = {table.plan_layers[i] for i in layers if i not in self._unthinned}
-
-    def follow_adapter(self) -> None:
-        """Take over what has become of the active adapter: another one, or other rates."""
-        changed = None if self.adapter is None else self.adapter.changed()
-        if changed is not None:
-            self.configure(changed)
-
-    @property
-    def tau(self) -> float:
-        """Temperature of the active adapter's training; of another adapter it starts anew."""
-        self.follow_adapter()
-        return self._tau
-
-    @tau.setter
-    def tau(self, value: float) -> None:
-        self.follow_adapter()
-        self._tau = value
 
     @property
     def shapes(self) -> list[LayerShape]:
@@ -126,16 +87,6 @@ class Controller:
             yield
         finally:
             self._local.disabled -= 1
-
-    @property
-    def routers(self) -> list[Router] | None:
-        """The active adapter's router of each decoder layer; None without an adapter."""
-        return None if self.adapter is None else self.adapter.routers
-
-    @property
-    def generating(self) -> bool:
-        """Whether this thread is inside a generate."""
-        return bool(self._local.calls)
 
     # what the routed layers ask
 
@@ -163,14 +114,14 @@ class Controller:
         """Whether a layer's sampled tokens get a score when their hop closes."""
         # an attention score is the previous layer's: a sampled token has none
         stored = self.config.resolved_hop_score == "stored" and not self.scorer.needs_attention
-        return stored and layer in self._thinned_plans and self._hops_may_close()
+        return stored and layer in self.in_use.thinned_plans and self._hops_may_close()
 
     def _thins_later(self, layer: int) -> bool:
         """Whether a later compaction can take tokens from a layer."""
-        return layer not in self._unthinned and self._hops_may_close()
+        return layer not in self.in_use.unthinned and self._hops_may_close()
 
     def _hops_may_close(self) -> bool:
-        call = self._local.calls[-1] if self._local.calls else None
+        call = self._local.contexts[-1].call if self._local.contexts else None
         later = self.rules.closes_hops or call is None or call.continues
         return later or self.config.max_kv_tokens is not None
 
@@ -211,37 +162,42 @@ class Controller:
             forward is recorded as a graph.
         """
         self._drop_stale(module)
+        if self.disabled and all(kwargs.get(name) is not None for name in CACHE_NAMES):
+            return without_own(kwargs)  # peft's prefix tuning; transformers reads one of them
         kwargs = named_cache(kwargs)
         if self.disabled:
             self.newest.note_uncounted()
         if self.disabled or self._local.contexts:
             return without_own(kwargs)
-        _check_recorded()
+        check_recorded()
         self.follow_adapter()
         check_caches(kwargs)
         check_attention(self.anatomy.text_config, self.base_implementation)
-        call = self._local.calls[-1] if self._local.calls else None
-        if call is None and self._open_simulation(module, kwargs):
+        call = self._call_of(kwargs)
+        if call is None:
+            check_packed(kwargs)
+        taught = self._taught(kwargs, call)
+        if call is None and self._open_simulation(module, kwargs, taught):
             self._keep_span(kwargs)
             return without_own(kwargs) | {"use_cache": False, CACHE: None}
         cache = self._cache_for(kwargs)
         started = time.perf_counter()
-        taught = kwargs | self._local.lesson if call is None else kwargs
         with nullcontext() if cache is None else cache.all_or_nothing():
             context = open_context(taught, cache, self.rules, call)
-            recorder = self._recorder(cache, call)
+            recorder = Recorder.of(self, cache, call)
             inside = InnerHops.inside(context, self.config)
             if cache is not None:
                 know_rows(cache, len(self.anatomy.layers))
                 if inside or most_unscored(cache) >= MOST_UNSCORED:
                     score_later(cache, self, recorder.note_scored)
                 self._compact(cache, recorder)
-                context.step = not inside and is_step(context, kwargs, self)
+                ends = call is not None and call.recorder is recorder
+                context.step = not inside and is_step(context, kwargs, self, ends=ends)
                 cache.begin(step=context.step)
             if inside:
                 log = cache.log if cache is not None else TokenLog()
                 context.inner_hops = InnerHops(context, log, self.config, self.table)
-        self._local.contexts.append(OpenForward(module, context, kwargs, started, recorder))
+        self._local.contexts.append(OpenForward(module, context, kwargs, started, recorder, call))
         self._keep_span(kwargs)
         return without_own(kwargs)
 
@@ -270,20 +226,36 @@ class Controller:
             last = torch.arange(context.length, device=context.device)[-keep:]
             kwargs["logits_to_keep"] = last
 
-    def _open_simulation(self, module: Any, kwargs: dict[str, Any]) -> bool:
-        """Open the context of a training forward, where this is one the compact path leaves."""
-        context = open_simulation(kwargs | self._local.lesson, self)
+    def _taught(self, kwargs: dict[str, Any], call: GenerationCall | None) -> dict[str, Any]:
+        """The arguments, with labels where a lesson or a prompt length stands in for them."""
+        taught = kwargs if call is not None else kwargs | self._local.lesson
+        if (columns := taught.pop("sampled_columns", None)) is not None:
+            taught[PROMPT_LENGTH] = prompt_before(kwargs, columns)
+        told = told_labels(taught, call)
+        return taught if told is None else taught | {"labels": told}
+
+    def _open_simulation(self, module: Any, kwargs: dict[str, Any], taught: dict[str, Any]) -> bool:
+        """Open the context of a training forward, where this is one the compact path leaves.
+
+        A prompt length is no supervision: without gradients, or over a cache that is to be filled,
+        the compact path has the same values.
+        """
+        told = taught.get(PROMPT_LENGTH) is not None
+        if told and not (torch.is_grad_enabled() and kwargs.get(CACHE) is None):
+            return False
+        context = open_simulation(taught, self)
         if context is None:
             return False
         self._local.record = None
-        self._local.contexts.append(OpenForward(module, context, kwargs, time.perf_counter(), None))
+        self._local.contexts.append(OpenForward(module, context, kwargs, time.perf_counter()))
         return True
 
     @contextmanager
     def teach(self, **lesson: Any) -> Iterator[None]:
         """Read forwards of the block by these `labels` and `hop_ids`, whatever reaches the model.
 
-        A trainer may take the labels out of the arguments (label smoothing), or call the model
+        Or by `sampled_columns`: how many columns at the end were sampled, the prompt before them. A
+        trainer may take the labels out of the arguments (label smoothing), or call the model
         inside the one that takes labels (TRL).
         """
         before, self._local.record = self._local.lesson, None
@@ -345,9 +317,12 @@ class Controller:
         for compaction in left:
             recorder.note_compaction(compaction)
         context.cache = None
-        if not self._local.calls:
+        if entry.call is None:
             recorder.builder.seconds(time.perf_counter() - entry.started)
-            self.newest.finish(recorder)
+            if self._local.calls:
+                self._local.calls[-1].other = recorder
+            else:
+                self.newest.finish(recorder)
 
     def _cache_for(self, kwargs: dict[str, Any]) -> DareCache | None:
         """The DareCache of a forward; one is made where HF would make its own."""
@@ -370,38 +345,39 @@ class Controller:
             cache.arrange(self.anatomy.slots, self.anatomy.text_config)
         return cache
 
-    def _recorder(self, cache: DareCache | None, call: GenerationCall | None) -> Recorder:
-        """Who counts: one per generate, and for bare forwards one per sequence."""
-        last = self._local.last
-        if call is not None:
-            if call.recorder is None:
-                call.recorder = Recorder(self, cache)
-            recorder = call.recorder
-            recorder.cache = cache
-        elif (
-            cache is not None
-            and cache.get_seq_length()
-            and last is not None
-            and (last.cache is cache)
-        ):
-            recorder = last
-        else:
-            recorder = Recorder(self, cache)
-        self._local.last = recorder
+    def _call_of(self, kwargs: Mapping[str, Any]) -> GenerationCall | None:
+        """The running generate whose sequence a forward is of: that of its cache.
+
+        A generate without a cache knows its forwards by their ids.
+        """
+        cache, calls = kwargs.get(CACHE), self._local.calls
         if cache is not None:
-            cache.recorder = recorder
-        return recorder
+            return cache.call if cache.call is not None and cache.call.running else None
+        call = calls[-1] if calls else None
+        if call is None or call.cached or not call.begins(kwargs.get("input_ids")):
+            return None
+        return call
 
     # generate
 
-    def enter_generate(self, call: GenerationCall) -> None:
-        """A generate call begins in this thread."""
+    @contextmanager
+    def generating(self, call: GenerationCall, cache: DareCache | None) -> Iterator[None]:
+        """A generate runs in this thread, over `cache`; at its end the report is frozen."""
+        call.cached, before = cache is not None, None
+        if cache is not None:
+            before, cache.call = cache.call, call
         self._local.calls.append(call)
+        try:
+            yield
+        finally:
+            self.drop_contexts(0)
+            self._local.calls.pop()
+            call.running = False
+            if cache is not None:
+                cache.call = before
+            self._end(call)
 
-    def leave_generate(self) -> None:
-        """It ends; the report is frozen."""
-        self.drop_contexts(0)
-        call = self._local.calls.pop()
+    def _end(self, call: GenerationCall) -> None:
         try:
             if call.continues and call.recorder is not None and call.recorder.cache is not None:
                 # by the adapter that has processed them, whatever is active when their hop closes
@@ -411,18 +387,8 @@ class Controller:
 
     def finish(self, call: GenerationCall) -> None:
         """Freeze the report of a generate and make it the newest one."""
-        if call.recorder is not None:
-            call.recorder.builder.set_seconds(time.perf_counter() - call.started)
-            call.recorder.freeze()
-            self.newest.finish(call.recorder)
-
-
-@torch.compiler.assume_constant_result  # so that a strict export lets the error through
-def _check_recorded() -> None:
-    """Refuse an export: which tokens run is chosen anew for each input, not once for all."""
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        raise DareStateError(
-            "torch.export, torch.jit.trace: expected a model without DARE, whose graph is the same "
-            "for each input; got one that chooses which tokens run. Export it inside `with "
-            "dare_disabled(model)`, or call remove_dare(model) first"
-        )
+        recorder = call.recorder or call.other
+        if recorder is not None:
+            recorder.builder.set_seconds(time.perf_counter() - call.started)
+            recorder.freeze()
+            self.newest.finish(recorder)

@@ -13,9 +13,12 @@ from transformers.utils import logging
 from dare_hf.cache import DareCache
 from dare_hf.cache.refused import check_cache, check_implementation
 from dare_hf.compat import CACHE, check_new_images, check_prefill_chunks, named_cache
+from dare_hf.engine.call_config import called_with
+from dare_hf.engine.peft_places import check_prepared
 from dare_hf.errors import DareInputError, DareStateError
 from dare_hf.forward.generation_call import GenerationCall
 from dare_hf.forward.modality import check_mask
+from dare_hf.forward.packed import check_packed
 from dare_hf.routing.selection import isin_ids
 
 if TYPE_CHECKING:
@@ -64,20 +67,26 @@ def _take_loop(kwargs: dict[str, Any]) -> Any:
 
 
 def routed_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """HF's generate with a DareCache; takes what it takes, `modality_mask` and `hop_loop`.
+    """HF's generate with a DareCache; takes what it takes, and what DARE does.
 
     Args:
         model: The model it was put on.
         args: As HF's generate.
         kwargs: As HF's generate, and modality_mask [B, tokens]: 1 for vision, 0 for text, over
-            the prompt; needed where only inputs_embeds are given. And hop_loop: a
-            `dare_hf.generation.HopLoop`.
+            the prompt; needed where only inputs_embeds are given. hop_loop: a
+            `dare_hf.generation.HopLoop`. dare_config: a DareConfig for this call alone.
 
     Raises:
-        DareInputError: A foreign cache, a cache_implementation, a wrong modality_mask, or a
-            hop_loop together with what it cannot serve.
-        DareStateError: A hop_loop inside `dare_disabled`.
+        DareInputError: A foreign cache, a cache_implementation, a wrong modality_mask, packed
+            sequences, or a hop_loop together with what it cannot serve.
+        DareConfigError: A dare_config that does not fit the model or needs an adapter.
+        DareStateError: A hop_loop or dare_config inside `dare_disabled`, or a dare_config beside a
+            router adapter.
+        UnsupportedModelError: A PeftModel with virtual tokens has called it.
     """
+    if (config := kwargs.pop("dare_config", None)) is not None:
+        with called_with(model, config):
+            return routed_generate(model, *args, **kwargs)
     state = model._dare
     controller, inner = state.controller, state.generate
     loop = _take_loop(kwargs)
@@ -89,6 +98,8 @@ def routed_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
                 "dare_disabled. Leave the block; retention 1.0 prunes nothing"
             )
         return inner(*args, **kwargs)
+    check_prepared(model)
+    check_packed(kwargs)
     controller.follow_adapter()
     kwargs = named_cache(kwargs)
     names = ("inputs", "generation_config")
@@ -107,11 +118,8 @@ def routed_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs["streamer"] = _CountedStreamer(kwargs["streamer"], controller, call)
     if loop is not None:
         args, kwargs = (), loop.prepare(model, call, args, kwargs)
-    controller.enter_generate(call)
-    try:
+    with controller.generating(call, kwargs.get(CACHE)):
         return inner(*args, **kwargs)
-    finally:
-        controller.leave_generate()
 
 
 class _CountedStreamer(BaseStreamer):
@@ -193,9 +201,12 @@ def _call(given: dict[str, Any], cache: DareCache | None, mask: Tensor | None) -
     length = ids.shape[1] if ids is not None else 1
     if given.get("inputs_embeds") is not None and start:
         length += start
-    if mask is not None:
-        check_mask(mask, 1 if ids is None else ids.shape[0], length - start, start)
-    return GenerationCall(prompt_length=length, start=start, modality_mask=mask)
+    rows = 1 if ids is None else ids.shape[0]
+    wider = mask is not None and mask.shape[:1] == (rows,) and mask.shape[1:] > (length,)
+    if mask is not None and not wider:  # that is held to the prompt the first forward brings
+        check_mask(mask, rows, length - start, start)
+    prompt = None if ids is None or ids.is_floating_point() else ids
+    return GenerationCall(prompt_length=length, start=start, modality_mask=mask, prompt=prompt)
 
 
 def _placeholders(given: dict[str, Any], vision_ids: Sequence[int]) -> Tensor | None:

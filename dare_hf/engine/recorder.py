@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
 from dare_hf.cache.hop_counters import counters_of
-from dare_hf.engine.plan import keep_all
+from dare_hf.engine.joined_steps import Steps, plan_quick_layers
+from dare_hf.engine.peft_places import check_places
 from dare_hf.errors import DareStateError
 from dare_hf.hops.compaction import stored_counts
 from dare_hf.report.builder import ReportBuilder
@@ -18,10 +18,13 @@ from dare_hf.routing.kinds import TEXT, VISION
 from dare_hf.scoring.cost import ScoringCost
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dare_hf.cache import DareCache
     from dare_hf.engine.controller import Controller
     from dare_hf.engine.settings import Settings
     from dare_hf.forward.facts import ForwardContext
+    from dare_hf.forward.generation_call import GenerationCall
     from dare_hf.hops.compaction import Compaction, HeldCounts
     from dare_hf.hops.ledger import Ledger
     from dare_hf.report import DareReport
@@ -51,9 +54,13 @@ class Recorder:
     Args:
         controller: The model's controller.
         cache: The cache the run writes, None without one; held weakly.
+        call: The generate that is counted, None for bare forwards.
     """
 
-    def __init__(self, controller: Controller, cache: DareCache | None) -> None:
+    def __init__(
+        self, controller: Controller, cache: DareCache | None, call: GenerationCall | None = None
+    ) -> None:
+        self._controller, self._call = weakref.ref(controller), call
         anatomy = controller.anatomy
         self.shapes = controller.shapes
         self.sources = anatomy.sources
@@ -67,6 +74,7 @@ class Recorder:
         self.scorer = controller.config.scorer
         self.cache = cache
         self._real: list[int] = []
+        self._tail = 0  # columns at the end in which every row has a sampled token
         self._held: list[list[list[int]]] = []
         self._ran: set[int] = set()
         self._totals: list[list[int]] = []
@@ -80,6 +88,36 @@ class Recorder:
         for note in (*controller.notes, *controller.settings.notes):
             self.builder.note(note)
         self._asked = _asked(controller.settings)
+
+    @classmethod
+    def of(
+        cls, controller: Controller, cache: DareCache | None, call: GenerationCall | None
+    ) -> Recorder:
+        """Who counts a forward: one for each sequence of a generate, and of bare forwards.
+
+        Args:
+            controller: The model's controller.
+            cache: The cache of the forward, by which its sequence is known.
+            call: The generate it is a step of.
+
+        Raises:
+            UnsupportedModelError: An adapter of peft tells tokens by their place.
+        """
+        known: Any = cache.recorder if cache is not None else call and call.recorder
+        if not isinstance(known, cls) or known._controller() is not controller:
+            known = None
+        elif call is not None:
+            known = known if known._call is call else None
+        elif cache is None or not cache.get_seq_length():
+            known = None
+        if known is None:
+            check_places(controller.anatomy.layers)  # adapters come and go
+        recorder = known or cls(controller, cache, call)
+        if call is not None:
+            call.recorder = call.recorder or recorder
+        if cache is not None:
+            cache.recorder = recorder
+        return recorder
 
     @property
     def cache(self) -> DareCache | None:
@@ -98,6 +136,35 @@ class Recorder:
         if compaction.held:
             self._held = self._padded(compaction.held)
 
+    def reorder(self, indices: Tensor) -> None:
+        """Take the rows named by `indices` [B'], as the cache does."""
+        self._count_steps()
+        by_row = [self._real, self._totals, self._begun, *self._held]
+        alike = all(row == rows[0] for rows in by_row for row in rows)
+        self._take([0] * len(indices) if alike else indices.tolist())
+
+    def repeat(self, repeats: int) -> None:
+        """Repeat every row `repeats` times in place, as HF expands a batch."""
+        self._count_steps()
+        self._take([row for row in range(len(self._real)) for _ in range(repeats)])
+
+    def crop(self, columns: int) -> None:
+        """Forget the last `columns` logical tokens; beyond sampled ones the cache is asked anew."""
+        self._count_steps()
+        if columns <= self._tail:
+            self._tail -= columns
+            self._real = [real - columns for real in self._real]
+        else:
+            self._tail, self._real, self._totals, self._held = 0, [], [], []
+
+    def _take(self, order: list[int]) -> None:
+        if not self._real:
+            return
+        self._real = [self._real[i] for i in order]
+        self._begun = [self._begun[i] for i in order] if self._begun else []
+        self._totals = [list(self._totals[i]) for i in order] if self._totals else []
+        self._held = [[list(rows[i]) for i in order] for rows in self._held]
+
     def read(self, context: ForwardContext) -> None:
         """Ask the device what only it knows, after the layers ran and before `note_forward`.
 
@@ -108,8 +175,8 @@ class Recorder:
         if not context.past or cache is None:
             return
         if len(self._real) != batch:
-            rows = zip(cache.log.counts_by_hop(), context.real_counts, strict=True)
-            self._carried = [sum(map(sum, row)) - real for row, real in rows]
+            pairs = zip(_real(cache), context.real_counts, strict=True)
+            self._carried = [every - real for every, real in pairs]
         if len(self._held) != len(self.shapes) or len(self._totals) != batch:
             # a carried cache that nobody has counted in this run; its own span is in it already
             self._counted = stored_counts(cache, context.span_hop)
@@ -121,7 +188,7 @@ class Recorder:
             return
         self._count_steps()
         if context.step:
-            _plan_quick_layers(context)
+            plan_quick_layers(context)
         layers, plans = range(len(self.shapes)), context.plans
         self._ran = set(plans)
         running = {id(plan): plan.running(context) for plan in plans.values()}
@@ -142,6 +209,8 @@ class Recorder:
         if len(self._real) != context.batch or context.past == 0:
             self._real = self._carried
         self._real = [a + b for a, b in zip(self._real, real, strict=True)]
+        sampled = min(context.sampled) if context.valid is None else 0
+        self._tail = sampled if sampled < context.length else self._tail + sampled
         phase: Phase = "decode" if context.span is None else "prefill"
         self.builder.forward(queries, keys, real, self._real, phase, tails)
         self.builder.head(context.head_rows, phase)
@@ -174,7 +243,7 @@ class Recorder:
         shapes = [self.shapes[i] for i in kept]
         self.builder.steps(shapes, list(kept.values()), self._real, n)
         self.builder.head(n * steps.head_rows, "decode")
-        self._real = [real + n for real in self._real]
+        self._real, self._tail = [real + n for real in self._real], self._tail + n
         self._kept += [[]] * (len(self.shapes) - len(self._kept))
         for i, rows in kept.items():
             self._kept[i] = [row + n for row in rows]
@@ -252,11 +321,11 @@ class Recorder:
         """Read the cache; where it is gone, what the host knew of it stands."""
         self._count_steps()
         cache = cache or self.cache
-        if cache is not None and self._real:
+        if cache is not None and self._ran:
             counts = cache.log.counts_by_hop()
+            real = [sum(map(sum, row)) for row in counts]
             self._kept, self._ledgers = _kept(cache, len(self.shapes)), _ledgers(cache)
-            predicted = self._predicted([sum(map(sum, row)) for row in counts])
-            self.builder.kv(cache.kv_bytes(), predicted, self._real)
+            self.builder.kv(cache.kv_bytes(), self._predicted(real), self._real or real)
             self.builder.set_tokens(counts)
             self._frozen = True
         elif self._kept and not self._frozen:
@@ -285,50 +354,9 @@ class Recorder:
         return self.builder.snapshot()
 
 
-@dataclass
-class Steps:
-    """Steps that follow one another over a cache to which nothing else happens.
-
-    Attributes:
-        cache: The cache.
-        changes: Its count of other changes.
-        past: Logical columns before the first step.
-        head_rows: Hidden states that reach the lm_head in each.
-        kept: [rows] real tokens before the first step, by the index of each layer that runs.
-        count: How many.
-    """
-
-    cache: weakref.ref[DareCache]
-    changes: int
-    past: int
-    head_rows: int
-    kept: dict[int, list[int]]
-    count: int = 0
-
-    @classmethod
-    def begun(cls, context: ForwardContext) -> Steps:
-        """None yet; `context` is that of the first, whose layers have run."""
-        cache, past = context.cache, context.past
-        assert cache is not None
-        ran = {i: slot for i, slot in enumerate(cache.stored) if slot.seen > past}
-        kept = {i: [n - 1 for n in slot.kept_host] for i, slot in ran.items()}
-        return cls(weakref.ref(cache), cache.changes, past, context.head_rows, kept)
-
-    def goes_on(self, context: ForwardContext) -> bool:
-        """Whether the next step is that of `context`."""
-        cache = context.cache
-        if cache is None or self.cache() is not cache or self.changes != cache.changes:
-            return False
-        return self.past + self.count == context.past and self.head_rows == context.head_rows
-
-
-def _plan_quick_layers(context: ForwardContext) -> None:
-    """Say of layers that needed no plan in a step in which others did what they ran."""
-    assert context.cache is not None
-    for i, slot in enumerate(context.cache.stored):
-        if i not in context.plans and slot.seen > context.past:
-            context.plans[i] = keep_all(context)
-            context.cached_before[i] = [n - 1 for n in slot.kept_host]
+def _real(cache: DareCache) -> list[int]:
+    """[rows] real tokens of each sequence, pruned ones counted."""
+    return [sum(map(sum, row)) for row in cache.log.counts_by_hop()]
 
 
 def _kept(cache: DareCache, layers: int) -> list[list[int]]:

@@ -26,8 +26,17 @@ if TYPE_CHECKING:
 MOST_UNSCORED = 512
 
 
-def is_step(context: ForwardContext, kwargs: Mapping[str, Any], controller: Controller) -> bool:
-    """Whether a forward is such a step, as far as the forward tells; a layer may still differ."""
+def is_step(
+    context: ForwardContext, kwargs: Mapping[str, Any], controller: Controller, *, ends: bool
+) -> bool:
+    """Whether a forward is such a step, as far as the forward tells; a layer may still differ.
+
+    Args:
+        context: The forward.
+        kwargs: Its arguments by name.
+        controller: The model's controller.
+        ends: Whether a generate says when its sequence ends.
+    """
     cache, mask = context.cache, kwargs.get("attention_mask")
     if cache is None or context.span is not None or context.length != 1:
         return False
@@ -35,7 +44,7 @@ def is_step(context: ForwardContext, kwargs: Mapping[str, Any], controller: Cont
         return False
     if controller.config.multiplies or controller.anatomy.shares or controller.exempt:
         return False
-    if not controller.generating and controller.config.resolved_hop_score == "stored":
+    if not ends and controller.config.resolved_hop_score == "stored":
         return False  # nobody says when it ends: another adapter may be active then
     if isinstance(mask, dict) or (isinstance(mask, torch.Tensor) and mask.ndim != 2):
         return False  # a mask of the caller's own hides more than pads

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from dare_hf.engine.configured import InUse
     from dare_hf.engine.recorder import Recorder
     from dare_hf.forward.facts import ForwardContext
     from dare_hf.forward.generation_call import GenerationCall
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
 
 
 class OpenForward(NamedTuple):
-    """A forward in progress."""
+    """A forward in progress; `call` is the generate it is a step of, None for a bare one."""
 
     module: Any
     context: ForwardContext
     kwargs: Mapping[str, Any]
     started: float
-    recorder: Recorder | None
+    recorder: Recorder | None = None
+    call: GenerationCall | None = None
 
 
 class ThreadState(threading.local):
@@ -35,8 +37,8 @@ class ThreadState(threading.local):
     def __init__(self) -> None:
         self.contexts: list[OpenForward] = []
         self.calls: list[GenerationCall] = []
-        self.last: Recorder | None = None
         self.disabled = 0
+        self.instead: InUse | None = None
         self.lesson: dict[str, Any] = {}
         self.record: SimulationRecord | None = None
 

@@ -39,4 +39,6 @@ def close_context(context: ForwardContext, arguments: Mapping[str, Any], rules: 
     ids = arguments.get("input_ids")
     if longest > 1 and ids is not None and any(context.sampled):
         first = context.length - max(context.sampled)
+        if context.span is not None:  # rows whose prompt ends later wrote nothing there
+            ids = ids.masked_fill(context.span.to(ids.device), -1)
         state.remember(ids[:, first:], longest + _ROLLBACK)

@@ -10,7 +10,7 @@ from dare_hf.cache.hop_counters import HopCounters, counters_of
 from dare_hf.errors import DareInputError
 from dare_hf.forward.delimiters import delimiter_ends
 from dare_hf.forward.facts import ForwardContext
-from dare_hf.forward.modality import resolve_span
+from dare_hf.forward.modality import check_mask, resolve_span
 from dare_hf.forward.token_rules import forced_of
 from dare_hf.routing.kinds import PAD, TEXT, VISION
 from dare_hf.routing.selection import isin_ids
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dare_hf.forward.token_rules import TokenRules
 
 # Keyword arguments of a forward that the model itself never sees.
-_OWN = ("modality_mask", "hop_ids")
+_OWN = ("modality_mask", "hop_ids", "prompt_length")
 
 
 def without_own(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,6 +82,9 @@ class _Reader:
         self.ids: Any = arguments.get("input_ids")
         self.batch, self.length = source.shape[:2]
         self.device = source.device
+        if call and self.in_prompt and self.ids is None and past == call.start:
+            # a caller may widen the prompt it embeds: it is as long as what the model sees
+            call.prompt_length = max(call.prompt_length, past + self.length)
         self.first = self._first_sampled()
 
     @property
@@ -233,9 +236,9 @@ class _Reader:
 
     def _call_mask(self, mask: Tensor) -> Tensor:
         """The columns of generate's modality mask that this forward brings, Bool[B, S]."""
-        offset = (
-            self.past if mask.shape[1] == self.call.prompt_length else (self.past - self.call.start)
-        )
+        call = self.call
+        check_mask(mask, mask.shape[0], call.prompt_length - call.start, call.start)
+        offset = self.past if mask.shape[1] == call.prompt_length else self.past - call.start
         part = mask[:, offset : offset + self.length]
         missing = self.length - part.shape[1]
         part = torch.nn.functional.pad(part, (0, max(missing, 0)))

@@ -29,19 +29,27 @@ _MOST_HEADER = 2**22
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def read_adapter(source: str) -> tuple[DareConfig, Path]:
+def read_adapter(source: str) -> tuple[DareConfig, Path | None]:
     """Find an adapter as it was saved, by peft or by `model.save_pretrained`.
 
     Args:
-        source: A folder with adapter_config.json and adapter_model.safetensors, or a hub id.
+        source: A folder with adapter_config.json and adapter_model.safetensors, or a hub id; a
+            training-free configuration may be alone there.
 
     Returns:
-        Its configuration, and the file of its tensors for `read_routers`.
+        Its configuration, and the file of its tensors for `read_routers`, None without one.
 
     Raises:
         DareConfigError: There is no adapter, or it belongs to another method.
     """
-    return read_config(source), tensors_file(source)
+    config = read_config(source)
+    alone = not (config.scorer == "router" or config.learns_rates or config.multiplies)
+    try:
+        return config, tensors_file(source)
+    except DareConfigError:
+        if alone:
+            return config, None
+        raise
 
 
 def read_config(source: str) -> DareConfig:

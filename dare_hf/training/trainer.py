@@ -33,6 +33,7 @@ class DareTrainerMixin:
 
     A batch may have `hop_ids` [B, S] beside its labels; `remove_unused_columns=False` lets a
     dataset's column of that name through. A model without routers trains on the task loss alone.
+    Over TRL's GRPOTrainer and RLOOTrainer, log-probabilities are those of the run that sampled.
 
     Checkpoints hold every adapter, routers and LoRA: those transformers attached each in a folder
     of its name, a PeftModel's as peft saves them. `resume_from_checkpoint` and
@@ -82,7 +83,8 @@ class DareTrainerMixin:
         """The micro-batches of a step; their rows are counted, over all processes."""
         trainer: Any = self
         samples, items = super().get_batch_samples(*args, **kwargs)  # ty: ignore[missing-attribute]
-        rows = torch.tensor(sum(_rows(batch) for batch in samples))
+        each = trainer.args.per_device_train_batch_size  # of trainers that make their batches later
+        rows = torch.tensor(sum(_rows(b) if hasattr(b, "get") else each for b in samples))
         if trainer.args.world_size > 1:
             rows = trainer.accelerator.gather(rows.to(trainer.args.device)).sum()
         self._step_rows = int(rows)
@@ -102,9 +104,10 @@ class DareTrainerMixin:
         plain = trainer.accelerator.unwrap_model(model)
         controller = state_of(plain).controller
         with controller.teach(labels=inputs.get("labels"), hop_ids=hop_ids):
-            loss, outputs = super().compute_loss(  # ty: ignore[missing-attribute]
-                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            found = super().compute_loss(  # ty: ignore[missing-attribute]
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
+        loss, outputs = found if return_outputs else (found, None)
         if controller.record is not None and controller.record.layers and not controller.disabled:
             extra, parts = auxiliary_loss(plain)
             if model.training:
@@ -116,6 +119,23 @@ class DareTrainerMixin:
                 extra = extra * scale
             loss = loss + extra.to(loss.device)
         return (loss, outputs) if return_outputs else loss
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """TRL's (GRPO, RLOO; 1.16): the last `logits_to_keep` columns were sampled."""
+        trainer: Any = self
+        controller = state_of(trainer.accelerator.unwrap_model(model)).controller
+        with controller.teach(sampled_columns=logits_to_keep):
+            return super()._get_per_token_logps_and_entropies(  # ty: ignore[missing-attribute]
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
 
     def _scaled(self, num_items_in_batch: Any) -> bool:
         """Whether the Trainer takes the loss as a share of the step already (transformers 5.23)."""
@@ -187,7 +207,8 @@ class DareTrainer(DareTrainerMixin, Trainer):
 
 def _rows(batch: Any) -> int:
     """Rows of a batch."""
-    tokens = (batch.get(name) for name in ("labels", "input_ids", "inputs_embeds"))
+    names = ("labels", "input_ids", "inputs_embeds", "completion_ids")
+    tokens = (batch.get(name) for name in names)
     return next((len(value) for value in tokens if value is not None), 0)
 
 
