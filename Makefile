@@ -13,12 +13,14 @@ CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,compat tiny_models laws_id
 	laws_padding laws_remove laws_bytes cache_in_hf generate_modes hops hop_loop hop_chat box_refocus interleaved \
 	peft_lifecycle peft_lora trainer checkpoints conformance demo tiny_anole tiny_volcano))
 
-.PHONY: demo test fuzz test-all test-extras test-oldest test-newest report-newest lint types arrows docs wheel ci
+.PHONY: demo test fuzz soak test-all test-extras test-oldest test-newest report-newest lint types arrows docs wheel ci
 
 demo: $(READY) ; HF_HUB_OFFLINE=1 $(BIN)/dare-hf demo
 test: $(READY) ; $(TESTS) -m "not slow"
 # Mutated adapters, configurations, recipes, rows and models' configs; FUZZ="--n 500 --seed 3" for others.
 fuzz: $(READY) ; $(BIN)/python scripts/fuzz.py $(FUZZ)
+# Random runs against the laws; SOAK="--n 500 --seed 3" for others, SOAK="--only 1234" for one.
+soak: $(READY) ; $(BIN)/python scripts/soak.py $(SOAK)
 test-all: $(READY) ; $(TESTS)
 test-extras: .venv/extras ; HF_HUB_OFFLINE=1 PYTHONPATH=$(CURDIR)/.venv/extras $(TESTS) -m extras
 test-oldest: .venv/oldest

@@ -10,6 +10,7 @@ from dare_hf.conformance import architectures
 from dare_hf.conformance.laws import PRUNED, hold_run
 from dare_hf.conformance.subject import Subject
 from dare_hf.errors import DareInputError
+from dare_hf.generation import HopInput, HopLoop
 
 HYBRIDS = [n for n in ("qwen3_5", "lfm2_vl", "mllama", "dots3_note") if n in architectures()]
 """Recurrent states, convolution states, keys of images, index keys."""
@@ -52,6 +53,23 @@ def test_a_failed_forward_leaves_the_states_as_they_were(subjects, name):
         handle.remove()
         again = subject.model(**step, **{CACHE: cache}).logits
         assert torch.equal(again, subject.model(**step, **{CACHE: whole}).logits)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_hop_loop_takes_no_padding_into_a_state(subjects, name):
+    """A row that gets nothing stands still while another's tokens are injected, or is refused."""
+    subject, loop = subjects[name], HopLoop(lambda hop: HopInput(input_ids=[20, 30, 40]), 1)
+    batch, recurrent = subject.batches["padded"], name in ("qwen3_5", "lfm2_vl")
+    with subject.dare(**PRUNED, decode_window=2):
+        before = subject.generate(batch)
+        alone = subject.generate(subject.batches["alone"], hop_loop=loop)
+        assert alone.sequences[0, -8:-5].tolist() == [20, 30, 40]
+        if recurrent:
+            with pytest.raises(DareInputError, match=r"one row.*recurrent layers.*3 rows"):
+                subject.generate(batch, hop_loop=loop)
+        else:
+            subject.generate(batch, hop_loop=loop)
+        hold_run(subject, subject.generate(batch), before, "after the refusal")
 
 
 @pytest.mark.parametrize("name", HYBRIDS)

@@ -224,8 +224,10 @@ TEACHING = {
     "drop": {"pruned": "drop"},
     "attention": {"scorer": "attention"},
     "attention_drop": {"scorer": "attention", "pruned": "drop", "hop_budget": "pooled"},
+    "attention_stored": {"scorer": "attention", "hop_score": "stored"},
     "two_stage": {"scorer": "key_norm", "schedule": "two_stage", "plan_every": 2},
     "cap": {"max_kv_tokens": 9, "pruned": "drop"},
+    "cap_without_hops": {"max_kv_tokens": 9, "hop_delimiters": ()},
     "window": {"scorer": "random", "decode_window": 3, "pruned": "drop"},
 }
 

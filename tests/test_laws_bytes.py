@@ -113,6 +113,22 @@ def test_beams_count_as_rows():
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
+def test_rejected_candidates_are_in_no_baseline(name):
+    """The unpruned cache of a speculated run holds what was written, not what was tried."""
+    model = shared_model(name)
+    inputs = inputs_of(model)
+    lookup = {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1}
+    words = list(range(10, 16))
+    others = [i for i in range(model.config.get_text_config().vocab_size) if i not in words]
+    with dare(model):
+        out = generate(model, inputs, max_new_tokens=20, suppress_tokens=others, **lookup)
+        cache, report = cache_of(out), last_report(model)
+        hold_bytes(model, cache, report)
+    whole = cache.get_seq_length() * len(decoder_layers(model)) * token_bytes(model)
+    assert report.kv_bytes_baseline == whole
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
 def test_a_report_is_plain_numbers_and_lives_on_the_cache(name):
     model = shared_model(name)
     with dare(model, DareConfig.preset("safe")):

@@ -32,6 +32,17 @@ def other_layers(config: PreTrainedConfig, slots: Sequence[int]) -> dict[int, An
     }
 
 
+def recurs(config: PreTrainedConfig, slots: Sequence[int]) -> bool:
+    """Whether some layer but those at `slots` keeps a state, into which padding would go.
+
+    Args:
+        config: The text config.
+        slots: Cache indices of the routed layers.
+    """
+    others = other_layers(config, slots).values()
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in others)
+
+
 def snapshot(layer: Any) -> Any:
     """The layer as it is now; linear states are overwritten in place, so they are copied."""
     twin = copy.copy(layer)

@@ -61,7 +61,9 @@ class Settings:
         """Whether attention functions must be watched."""
         observed = self.config.resolved_hop_score == "observed"
         trains = self.config.scorer == "router" or self.config.learns_rates  # gradients of gates
-        return observed or trains or self.scorer.needs_attention or self.rules.closes_hops
+        # a cap cuts the prompt off from sampled tokens even where no hop ever closes
+        hides = self.rules.closes_hops or self.config.max_kv_tokens is not None
+        return observed or trains or self.scorer.needs_attention or hides
 
     @property
     def spreads(self) -> bool:

@@ -166,7 +166,10 @@ class Decoding:
 
     def _after(self, outputs: Any) -> Tensor:
         """Take a forward's outputs over; the logits [B, V] of its last column."""
-        self.kwargs = self.model._update_model_kwargs_for_generation(outputs, self.kwargs)
+        # mllama wants the flag; DARE serves decoders only
+        self.kwargs = self.model._update_model_kwargs_for_generation(
+            outputs, self.kwargs, is_encoder_decoder=False
+        )
         if self.config.return_dict_in_generate:
             self.record.attentions.append(getattr(outputs, "attentions", None))
             self.record.hidden_states.append(getattr(outputs, "hidden_states", None))

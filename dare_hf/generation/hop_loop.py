@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from dare_hf.architectures.locate import attention_of
 from dare_hf.cache.hop_counters import counters_of
+from dare_hf.cache.mixed import recurs
 from dare_hf.compat import CACHE
 from dare_hf.engine.generate import offered_loop
 from dare_hf.errors import DareConfigError, DareInputError, DareStateError
@@ -162,6 +163,7 @@ class _Host:
     Attributes:
         vision_ids: Ids of vision tokens.
         slides: Whether some layers attend within a sliding window only.
+        recurs: Whether some layers keep a state that padding would enter.
     """
 
     def __init__(
@@ -174,11 +176,24 @@ class _Host:
         layers = controller.anatomy.layers
         self.slides = any(getattr(attention_of(m), "sliding_window", None) for m in layers)
         self.tokenizer = getattr(processor, "tokenizer", processor)
+        anatomy = controller.anatomy
+        self.recurs = bool(anatomy.unrouted) and recurs(anatomy.text_config, anatomy.slots)
         self.reader = HopInputReader(model, processor)
         self._pictures: dict[int, list[Any]] = {}
 
     def begin(self, run: Decoding) -> None:
-        """Let a callback that wants to know the prompt make itself ready for this call."""
+        """Let a callback that wants to know the prompt make itself ready for this call.
+
+        Raises:
+            DareInputError: Several rows, in a model with recurrent layers.
+        """
+        if len(run.ids) > 1 and self.recurs:
+            raise DareInputError(
+                f"hop_loop: expected one row, since this {self.model.config.model_type} has "
+                "recurrent layers (linear attention, Mamba, convolution), whose state takes the "
+                f"padding beside another row's injected tokens for tokens; got {len(run.ids)} "
+                "rows. Generate row by row"
+            )
         self.samples = run.config.num_return_sequences or 1
         if (begin := getattr(self.loop.on_hop, "begin", None)) is None:
             return

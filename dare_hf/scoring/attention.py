@@ -39,7 +39,9 @@ class AttentionScorer:
         if context.span is None:  # no attention score for sampled tokens: the hop's end gives one
             return torch.zeros(hidden.shape[:2], device=hidden.device)
         if index < UNSCORED_LAYERS:
-            return KeyNormScorer(self.key_path).scores(context, layer, index, hidden)
+            found = KeyNormScorer(self.key_path).scores(context, layer, index, hidden)
+            # nor has one that shares its forward with the prompt (labels, verified steps)
+            return found.masked_fill(~context.span, 0) if any(context.sampled) else found
         if context.attention_score is None or context.attention_layer != index - 1:
             raise DareStateError(
                 "expected the attention implementation DARE set when it was applied; it was "
