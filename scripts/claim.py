@@ -3,6 +3,9 @@
     python scripts/claim.py train --model anole --arm dare_lh --budget paper --seed 0 --out runs
     python scripts/claim.py evaluate --model anole --arm dare_lh --budget paper --seed 0 --out runs
     python scripts/claim.py evaluate ... --change shuffled        (an intervention)
+    python scripts/claim.py both --model volcano --arm no_hard    (a row of the ablation)
+    python scripts/claim.py both ... --budget 0.3/0.8             (vision / text: a retention grid)
+    python scripts/claim.py evaluate --model anole --arm plain --change markov
 
 `evaluate` appends one JSON line a task and split to runs/results.jsonl, with one digit an item;
 scripts/claim_report.py makes the tables. What is compared, and by which margins, is in docs/log.md.
@@ -17,40 +20,27 @@ import json
 import shutil
 import sys
 import tempfile
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from claim_arms import ARMS, ONE_RATE, ROWS
 from safetensors.torch import load_file, save_file
 
-from dare_hf import DareConfig
+from dare_hf import DareConfig, last_report
 from dare_hf.calibration import fit_router
 from dare_hf.demo.embedded import load_embedded, safe_config
 from dare_hf.evaluation import Arm, measure, trained_arm
-from dare_hf.evaluation.suite import TASKS
+from dare_hf.evaluation.suite import TASKS, Task
 from dare_hf.forward.modality import vision_token_ids
 from dare_hf.generation.interleaved import allow_image_tokens
 from dare_hf.recipes import Recipe, train
 from dare_hf.recipes.data import TaskCollator, TaskStream
 from dare_hf.routing.selection import isin_ids
 
-ARMS: dict[str, dict[str, Any] | None] = {
-    "full": None,
-    "random": {"scorer": "random", "schedule": "constant"},
-    # UniPrune's rule: one router and one rate for all tokens, no cut, no hard loss, no prefix.
-    "symmetric": {
-        "schedule": "constant",
-        "image_token_ids": (),
-        "prefix_tokens": 0,
-        "lambda_hard": 0.0,
-        "hop_aware": False,
-    },
-    "constant": {"schedule": "constant"},
-    "dare_l": {"hop_aware": False},
-    "dare_lh": {},
-}
 FITTED = {"calibrated": "dare_lh", "calibrated_l": "dare_l"}
 """Arms that are fitted in closed form and not trained, and whose rates they have."""
 MODELS: dict[str, dict[str, Any]] = {
@@ -84,9 +74,11 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 CALIBRATE = 16
+COST = "training_cost.json"
 LORA = {"r": 16, "lora_alpha": 32}
 SPLITS = ("easy", "hard")
 CHANGES = ("shuffled", "swapped", "layer_rates")
+MARKOV = "markov"
 
 
 def delimiters(model: str, processor: Any) -> tuple[int, ...]:
@@ -96,11 +88,11 @@ def delimiters(model: str, processor: Any) -> tuple[int, ...]:
 
 def dare_fields(args: argparse.Namespace, processor: Any, share: float) -> dict[str, Any] | None:
     """Fields of DareConfig of an arm; `share` is the part of tokens that are vision."""
-    fields = ARMS[args.arm]
+    fields = (ARMS | ROWS)[args.arm]
     if fields is None:
         return None
-    vision, text = MODELS[args.model]["budgets"][args.budget]
-    if args.arm == "symmetric":  # the same number of tokens under one rate
+    vision, text = budget_of(args)
+    if args.arm in ONE_RATE:  # the same number of tokens under one rate
         text = round(share * vision + (1 - share) * text, 4)
     return {
         "vision_retention": vision,
@@ -109,6 +101,15 @@ def dare_fields(args: argparse.Namespace, processor: Any, share: float) -> dict[
         **MODELS[args.model]["dare"],
         **fields,
     }
+
+
+def budget_of(args: argparse.Namespace) -> tuple[float, float]:
+    """Mean retention of vision and text: of a budget's name, or as written ("0.3/0.8")."""
+    named = MODELS[args.model]["budgets"]
+    if args.budget in named:
+        return named[args.budget]
+    vision, text = map(float, args.budget.split("/"))
+    return vision, text
 
 
 def vision_share(name: str) -> float:
@@ -123,7 +124,7 @@ def vision_share(name: str) -> float:
 
 def folder(args: argparse.Namespace) -> Path:
     """Where an arm's adapters are."""
-    budget = "full" if args.arm == "full" else args.budget
+    budget = "full" if args.arm == "full" else args.budget.replace("/", "_")
     return Path(args.out) / f"{args.model}_{label(args)}_{budget}_{args.seed}"
 
 
@@ -137,21 +138,25 @@ def label(args: argparse.Namespace) -> str:
 def run_training(args: argparse.Namespace) -> None:
     """Train one arm."""
     _, processor = load_embedded(args.model)
+    share = vision_share(args.model) if args.arm in ONE_RATE else 0.0
     recipe = Recipe(
         model=args.model,
         out=str(folder(args)),
-        dare=dare_fields(args, processor, vision_share(args.model)),
+        dare=dare_fields(args, processor, share),
         lora=None if args.router_only else LORA,
         seed=args.seed,
         calibrate=CALIBRATE,
         **(MODELS[args.model]["recipe"] | trial(args)),
     )
+    start = time.perf_counter()
     train(recipe)
+    cost = {"seconds": time.perf_counter() - start, "steps": recipe.steps}
+    (folder(args) / COST).write_text(json.dumps(cost))
 
 
 def trial(args: argparse.Namespace) -> dict[str, Any]:
     """What a trial asks of the recipe in place of the arms' common fields."""
-    names = ("steps", "learning_rate", "router_lr", "validate", "save_every")
+    names = ("steps", "learning_rate", "router_lr", "validate", "save_every", "equal_rates")
     asked = {name: getattr(args, name) for name in names}
     return {name: value for name, value in asked.items() if value is not None}
 
@@ -192,15 +197,18 @@ def arm_of(args: argparse.Namespace, model: Any, processor: Any, scratch: Path) 
         return trained_arm(args.arm, calibrated(args, model, processor, scratch / "fit"))
     where = folder(args)
     lora = None if args.router_only else where / "lora"
-    if args.arm == "full":  # everything is kept, in a cache that does not copy itself each step
+    if args.arm in (
+        "full",
+        "plain",
+    ):  # everything is kept, in a cache that does not copy itself each step
         keep = DareConfig(
             vision_retention=1.0, text_retention=1.0, schedule="constant", hop_delimiters=ends
         )
-        return Arm("full", keep, lora=lora)
+        return Arm(args.arm, keep, lora=lora if args.arm == "full" else None)
     routers = where / "dare"
     if not routers.exists():
         return Arm(args.arm, DareConfig(**dare_fields(args, processor, 0.0) or {}), lora=lora)
-    if args.change:
+    if args.change in CHANGES:
         routers = changed(args, routers, scratch / "dare")
     return trained_arm(args.arm, routers, lora=lora)
 
@@ -228,7 +236,8 @@ def run_evaluation(args: argparse.Namespace) -> None:
         for name, split in itertools.product(names, args.splits.split(",")):
             items = TASKS[name].sample(args.n, split, args.items_seed)
             size = args.batch_size
-            result = measure(model, processor, TASKS[name], arm, items, batch_size=size)
+            task, costs = watched(TASKS[name], MARKOV if args.change == MARKOV else None)
+            result = measure(model, processor, task, arm, items, batch_size=size)
             asked = ("model", "change", "budget", "seed", "items_seed")
             line = {
                 "arm": label(args),
@@ -236,6 +245,8 @@ def run_evaluation(args: argparse.Namespace) -> None:
                 "task": name,
                 "split": split,
                 **result.to_dict(),
+                **{what: sum(by_item.values()) / len(items) for what, by_item in costs.items()},
+                "training": training_cost(args),
             }
             with (Path(args.out) / "results.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -243,13 +254,48 @@ def run_evaluation(args: argparse.Namespace) -> None:
             print(json.dumps(shown), file=sys.stderr, flush=True)
 
 
+def watched(task: Task, context: str | None) -> tuple[Task, dict[str, dict[int, float]]]:
+    """A task that notes what each item costs, in a context that may be another.
+
+    Returns:
+        The task, and by item "kv_bytes", the largest cache of its generate calls, and "flops", of
+        all of them. A step of "markov" is a call of its own.
+    """
+    costs: dict[str, dict[int, float]] = {"kv_bytes": {}, "flops": {}}
+
+    def note(model: Any, batch: Any) -> None:
+        report, rows = last_report(model), len(batch.indices)
+        for item in batch.indices:
+            held, run = costs["kv_bytes"], costs["flops"]
+            held[item] = max(held.get(item, 0.0), report.kv_bytes / rows)
+            run[item] = run.get(item, 0.0) + sum(report.flops.values()) / rows
+
+    def solve(model: Any, *given: Any, on_batch: Any = None, **options: Any) -> list[Any]:
+        def both(batch: Any) -> None:
+            note(model, batch)
+            on_batch(batch)
+
+        for by_item in costs.values():
+            by_item.clear()  # of the items that warmed up
+        more = {} if context is None else {"context": context}
+        return task.solve(model, *given, on_batch=on_batch and both, **more, **options)
+
+    return replace(task, solve=solve), costs
+
+
+def training_cost(args: argparse.Namespace) -> dict[str, float] | None:
+    """Seconds and steps of an arm's training; None where it has none."""
+    file = folder(args) / COST
+    return json.loads(file.read_text()) if file.exists() else None
+
+
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["train", "evaluate"])
+    parser.add_argument("command", choices=["train", "evaluate", "both"])
     parser.add_argument("--model", choices=list(MODELS), required=True)
-    parser.add_argument("--arm", required=True, choices=[*ARMS, "safe", *FITTED])
-    parser.add_argument("--budget", choices=["paper", "lean", "matched"], default="paper")
+    parser.add_argument("--arm", required=True, choices=[*ARMS, *ROWS, "plain", "safe", *FITTED])
+    parser.add_argument("--budget", default="paper", help="paper, lean, matched, or VISION/TEXT")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs")
     parser.add_argument("--steps", type=int, help="another number of steps, for a trial")
@@ -257,8 +303,11 @@ def main() -> None:
     parser.add_argument("--router_lr", type=float, help="another one of the routers, for a trial")
     parser.add_argument("--validate", type=int, help="rows held out, for a trial")
     parser.add_argument("--save_every", type=int, help="steps between checkpoints, for a trial")
+    parser.add_argument(
+        "--equal_rates", action="store_true", default=None, help="rates start equal"
+    )
     parser.add_argument("--router_only", action="store_true", help="no LoRA: a frozen backbone")
-    parser.add_argument("--change", choices=CHANGES, help="an intervention on DARE-LH")
+    parser.add_argument("--change", choices=[*CHANGES, MARKOV], help="an intervention, a context")
     parser.add_argument("--tasks", default="")
     parser.add_argument("--splits", default=",".join(SPLITS))
     parser.add_argument("--n", type=int, default=1000)
@@ -267,7 +316,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    run_training(args) if args.command == "train" else run_evaluation(args)
+    if args.change == MARKOV and args.model != "anole":
+        parser.error("--change markov: only dare-tiny-anole has that context")
+    if args.command != "evaluate":
+        run_training(args)
+    if args.command != "train":
+        run_evaluation(args)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python scripts/claim_report.py runs --model anole --budget paper --seeds
     python scripts/claim_report.py runs --model anole --budget paper --learned
     python scripts/claim_report.py docs/results --model volcano --pair dare_l dare_lh@1
+    python scripts/claim_report.py runs --model volcano --base dare_lh_equal_rates_1 [--learned]
 
 The first compares the arms on the same items, the second shows every seed, the third what each arm
 learned, the fourth two lines of the results, by arm and seed.
@@ -15,14 +16,18 @@ import argparse
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
 from dare_hf.evaluation import compare_paired
+from dare_hf.routing.retention import resolve_cut_layer
 from dare_hf.tasks.mvot import wilson
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 RATES = re.compile(r".*layers\.(\d+)\..*rate_logits").match
 ORDER = ("full", "random", "symmetric", "constant", "dare_l", "dare_lh")
@@ -60,6 +65,7 @@ def main() -> None:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--seeds", action="store_true", help="every seed, and their means")
     kind.add_argument("--learned", action="store_true", help="rates by hop, layer and modality")
+    parser.add_argument("--base", default="dare_lh", help="the arm that others are held against")
     kind.add_argument("--pair", nargs=2, metavar="ARM[@SEED]", help="the second against the first")
     args = parser.parse_args()
     if args.pair:
@@ -97,7 +103,7 @@ def _rank(arm: str) -> int:
 
 def show_learned(args: argparse.Namespace) -> None:
     """Learned rates in per cent: one table an arm and modality, a line a row of the rate table."""
-    for arm in ("dare_l", "dare_lh"):
+    for arm in dict.fromkeys(("dare_l", "dare_lh", args.base)):
         folder = args.runs / f"{args.model}_{arm}_{args.budget}_{args.seed}" / "dare"
         if not folder.exists():
             continue
@@ -112,6 +118,11 @@ def show_learned(args: argparse.Namespace) -> None:
                 hop = "all" if rates.shape[1] == 1 else ("0, 1" if row == 0 else str(row))
                 values = [*rates[:, row, kind].tolist(), rates[:, row, kind].mean().item()]
                 print(f"| {hop} | " + " | ".join(f"{100 * rate:.0f}" for rate in values) + " |")
+            settings = json.loads((folder / "adapter_config.json").read_text())
+            cut = resolve_cut_layer(settings["cut_layer"], len(found))
+            used = [row for row in range(rates.shape[1]) if row != 1]
+            halves = (rates[: cut + 1, used, kind].mean(), rates[cut + 1 :, used, kind].mean())
+            print("\nup to layer {}: {:.1f} %, behind it: {:.1f} %".format(cut, *percent(halves)))
 
 
 def show_results(args: argparse.Namespace) -> None:
@@ -125,10 +136,11 @@ def show_results(args: argparse.Namespace) -> None:
     for task, split in sorted({key[2:] for key in mine}):
         print(f"\n{args.model}, {task}, {split}, budget {args.budget}, seed {args.seed}\n")
         names = ("arm", "right % (95 %), n", "KV %", "FLOPs %", "prefill FLOPs %", "against full")
-        print("| " + " | ".join((*names, "against DARE-LH")) + " |")
-        print("|---|---|---|---|---|---|---|")
+        names = (*names, f"against {args.base}", "training, h")
+        print("| " + " | ".join(names) + " |")
+        print("|---" * len(names) + "|")
         rows = {key[:2]: line for key, line in mine.items() if key[2:] == (task, split)}
-        full, best = rows.get(("full", None)), rows.get(("dare_lh", None))
+        full, best = rows.get(("full", None)), rows.get((args.base, None))
         for (arm, change), line in sorted(
             rows.items(), key=lambda kv: (_rank(kv[0][0]), kv[0][0], kv[0][1] or "")
         ):
@@ -137,12 +149,37 @@ def show_results(args: argparse.Namespace) -> None:
             cells = [
                 f"{arm} {change or ''}".strip(),
                 f"{share(marks.mean())} ({share(low)}-{share(high)}), {len(marks)}",
-                share(line["kv_ratio"]),
-                *(share(line["flops_ratio"][phase]) for phase in ("all", "prefill")),
+                *costs(line, full),
                 against(full, line),
                 against(best, line) if line is not best else "",
+                hours(line),
             ]
             print("| " + " | ".join(cells) + " |")
+
+
+def costs(line: dict[str, Any], full: dict[str, Any] | None) -> tuple[str, str, str]:
+    """Shares of KV, FLOPs and prefill FLOPs.
+
+    Of the same tokens unpruned; for another context than the whole chain, whose tokens are others,
+    of what full needs for the item.
+    """
+    if line["change"] != "markov":
+        phases = (share(line["flops_ratio"][phase]) for phase in ("all", "prefill"))
+        return (share(line["kv_ratio"]), *phases)
+    if full is None or "kv_bytes" not in full:
+        return ("", "", "")
+    return (*(share(line[what] / full[what]) for what in ("kv_bytes", "flops")), "")
+
+
+def hours(line: dict[str, Any]) -> str:
+    """Of the training."""
+    cost = line.get("training")
+    return "" if cost is None else f"{cost['seconds'] / 3600:.2f}"
+
+
+def percent(values: Iterable[Any]) -> list[float]:
+    """Shares in per cent."""
+    return [100 * float(value) for value in values]
 
 
 def show_pair(args: argparse.Namespace) -> None:

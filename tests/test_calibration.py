@@ -62,7 +62,7 @@ def test_rates_meet_the_budget_and_the_costlier_layers_keep_more(fitted):
     model(**inputs_of(model, (1,), pixels=True))  # rates are read at the next forward
     table = model._dare.controller.table
     assert table.vision[0] == pytest.approx(vision, abs=1e-5)
-    assert config.cut_layer == details.cut_layer
+    assert config.cut_layer == ("auto" if details.cut_layer is None else details.cut_layer)
 
 
 def test_scores_follow_what_the_continuation_attends_to(fitted):
@@ -166,6 +166,27 @@ def test_a_modality_nobody_saw_is_said(caplog):
     config = DareConfig(scorer="router", schedule="constant")
     fit_router(model, text, config, max_new_tokens=3, generate_kwargs=NO_IMAGES)
     assert "no later query saw a vision token in layer 0" in caplog.text
+
+
+def test_a_named_cut_and_rates_that_are_not_to_be_fitted_stay():
+    model = tiny_model("llava")
+    config = DareConfig(scorer="router", schedule="learned", cut_layer=1)
+    found = []
+    routed = fit_router(
+        model,
+        batches_of(model),
+        config,
+        max_new_tokens=3,
+        generate_kwargs=NO_IMAGES,
+        fit_rates=False,
+        details=found.append,
+    )
+    controller = routed.get_base_model()._dare.controller
+    assert (found[0].rates, controller.config.cut_layer) == (None, 1)
+    started = [router.rates()[0].tolist() for router in controller.routers]
+    text, vision = zip(*started, strict=True)
+    assert text == pytest.approx([0.7] * 4, abs=1e-5)
+    assert sum(vision) / 4 == pytest.approx(0.4, abs=1e-2)
 
 
 def test_static_rates_stay_as_configured():

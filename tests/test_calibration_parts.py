@@ -106,7 +106,8 @@ def test_a_target_below_the_tried_rates_is_refused():
 
 def test_cut_layer_is_where_vision_attention_halves_behind_its_peak():
     assert measure_cut_layer([0.1, 0.6, 0.5, 0.29, 0.4]) == 3
-    assert measure_cut_layer([0.5, 0.5, 0.4]) == 2
+    assert measure_cut_layer([0.5, 0.5, 0.4]) is None
+    assert measure_cut_layer([0.5, 0.5, 0.1]) is None, "nothing would be behind the last layer"
 
 
 @pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_5_vl", "chameleon"])

@@ -53,6 +53,8 @@ REFUSED = {
     "decode": ["fast", None],
     "score_scaling": ["none", None],
     "selector": ["topk", None],
+    "ratio": ["each", None],
+    "loss_reduction": ["none", None],
     "hop_score": ["seen", "", 0],
     "hop_budget": ["row", "", 0],
     "uniform_share": [-0.1, 1.1, NAN, True, "0.25", None],
@@ -180,6 +182,8 @@ def test_defaults_are_the_contract() -> None:
         "tau_start": 1.0,
         "tau_end": 0.2,
         "soft_temperature": 0.05,
+        "ratio": "mean",
+        "loss_reduction": "mean",
         "lambda_ratio": 1.0,
         "lambda_soft": 1.0,
         "lambda_hard": 1.0,
@@ -284,15 +288,18 @@ def test_presets() -> None:
     safe = DareConfig.preset("safe")
     assert (safe.schedule, safe.text_retention, safe.plan_every) == ("safe", 1.0, 4)
     assert (safe.uniform_share, safe.hop_decay, safe.scorer) == (0.25, 1.0, "attention")
-    paper = DareConfig.preset("paper")
-    assert (paper.vision_retention, paper.text_retention) == (0.4, 0.7)
-    assert (paper.schedule, paper.pruned, paper.scorer) == ("two_stage", "bypass", "router")
-    assert DareConfig.preset("paper", scorer="random", seed=3).scorer == "random"
-    assert DareConfig.preset("paper").scorer == "router", "an override changed the preset itself"
+    literal = DareConfig.preset("literal")
+    assert (literal.vision_retention, literal.text_retention) == (0.4, 0.7)
+    assert (literal.schedule, literal.pruned, literal.scorer) == ("learned", "bypass", "router")
+    assert (literal.selector, literal.score_scaling) == ("gumbel", "multiply_training")
+    assert (literal.ratio, literal.loss_reduction) == ("per_rate", "sum")
+    assert (literal.normalize_input, literal.hop_aware, literal.prefix_tokens) == (False, True, 2)
+    assert DareConfig.preset("literal", score_scaling="multiply").multiplies
+    assert not DareConfig.preset("literal").multiplies, "an override changed the preset itself"
 
 
 def test_preset_refusals() -> None:
-    with pytest.raises(DareConfigError, match=r"'paper', 'safe'.*got 'fast'"):
+    with pytest.raises(DareConfigError, match=r"'literal', 'safe'.*got 'fast'"):
         DareConfig.preset("fast")
     with pytest.raises(DareConfigError, match="vision_retention"):
         DareConfig.preset("safe", vision_retention=1.5)
@@ -335,7 +342,7 @@ FULL = DareConfig(
 
 
 @pytest.mark.parametrize(
-    "config", [DareConfig(), DareConfig.preset("safe"), DareConfig.preset("paper"), FULL]
+    "config", [DareConfig(), DareConfig.preset("safe"), DareConfig.preset("literal"), FULL]
 )
 def test_json_round_trip(config: DareConfig, tmp_path: Path) -> None:
     config.save_pretrained(str(tmp_path))

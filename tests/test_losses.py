@@ -23,34 +23,31 @@ def case():
     return rates, means, present, seen
 
 
-def gap(rates, means, seen, layers):
-    return mean(
-        mean(
-            (means[layer, row, hop] - rates[layer, hop]) ** 2
-            for layer in layers
-            for hop in range(HOPS)
-            if seen[row, hop]
-        )
-        for row in range(BATCH)
-    )
+def over(there, values, summed):
+    """A mean (or sum) over layers and a row's hops, averaged over rows."""
+    rows = ([values(layer, row, hop) for layer, hop in pairs(there[row])] for row in range(BATCH))
+    return mean(sum(row) if summed else mean(row) for row in rows)
 
 
-def test_the_ratio_loss_is_its_formula():
+def pairs(hops):
+    return [(layer, hop) for layer in range(LAYERS) for hop in range(HOPS) if hops[hop]]
+
+
+def gap(rates, means, seen, summed):
+    return over(seen, lambda lay, row, hop: (means[lay, row, hop] - rates[lay, hop]) ** 2, summed)
+
+
+@pytest.mark.parametrize("summed", [False, True])
+def test_a_target_for_each_rate_is_its_formula(summed):
     rates, means, present, seen = case()
-    expected = mean(
-        mean(
-            (rates[layer, hop] - 0.7) ** 2
-            for layer in range(LAYERS)
-            for hop in range(HOPS)
-            if present[row, hop]
-        )
-        for row in range(BATCH)
-    ) + gap(rates, means, seen, range(LAYERS))
-    ours = losses.ratio_loss(rates, means, present, seen, 0.7)
+    expected = over(present, lambda layer, _, hop: (rates[layer, hop] - 0.7) ** 2, summed)
+    expected = expected + gap(rates, means, seen, summed)
+    ours = losses.rate_loss(rates, means, present, seen, 0.7, per_rate=True, summed=summed)
     assert ours.item() == pytest.approx(float(expected))
 
 
-def test_the_soft_loss_is_its_formula():
+@pytest.mark.parametrize("summed", [False, True])
+def test_a_target_for_the_mean_rate_is_its_formula(summed):
     rates, means, present, seen = case()
     expected = mean(
         (
@@ -64,17 +61,21 @@ def test_the_soft_loss_is_its_formula():
         )
         ** 2
         for row in range(BATCH)
-    ) + gap(rates, means, seen, [0, 1])
-    ours = losses.soft_loss(rates, means, present, seen, 0.4, EARLY)
+    ) + gap(rates, means, seen, summed)
+    ours = losses.rate_loss(rates, means, present, seen, 0.4, per_rate=False, summed=summed)
     assert ours.item() == pytest.approx(float(expected))
 
 
-def test_the_hard_loss_is_its_formula():
-    excess = torch.rand(LAYERS, BATCH, dtype=torch.float64)
-    ours = losses.hard_loss(excess, EARLY, 0.1)
-    expected = 0.1 * mean(excess[layer, row] for layer in (2, 3) for row in range(BATCH))
+@pytest.mark.parametrize("summed", [False, True])
+def test_the_hard_loss_is_its_formula(summed):
+    *_, seen = case()
+    excess = torch.rand(LAYERS, BATCH, HOPS, dtype=torch.float64)
+    ours = losses.hard_loss(excess, seen, EARLY, 0.1, summed)
+    late = excess.masked_fill(EARLY[:, None, None], 0.0)
+    expected = 0.1 * over(seen, lambda layer, row, hop: late[layer, row, hop], summed)
+    expected = expected if summed else expected * 2  # two of four layers are late
     assert ours.item() == pytest.approx(float(expected))
-    assert losses.hard_loss(excess, torch.ones(LAYERS).bool(), 0.1).item() == 0
+    assert losses.hard_loss(excess, seen, torch.ones(LAYERS).bool(), 0.1).item() == 0
 
 
 def test_means_of_groups_leave_pads_out():
@@ -86,14 +87,15 @@ def test_means_of_groups_leave_pads_out():
 def test_every_loss_is_the_mean_over_its_rows():
     """So micro-batches and processes of any size add up to the whole batch."""
     rates, means, present, seen = case()
-    excess = torch.rand(LAYERS, BATCH, dtype=torch.float64)
+    excess = torch.rand(LAYERS, BATCH, HOPS, dtype=torch.float64)
 
     def parts(rows):
+        given = (rates, means[:, rows], present[rows], seen[rows])
         return torch.stack(
             [
-                losses.ratio_loss(rates, means[:, rows], present[rows], seen[rows], 0.7),
-                losses.soft_loss(rates, means[:, rows], present[rows], seen[rows], 0.4, EARLY),
-                losses.hard_loss(excess[:, rows], EARLY, 0.1),
+                losses.rate_loss(*given, 0.7, per_rate=True),
+                losses.rate_loss(*given, 0.4, per_rate=False),
+                losses.hard_loss(excess[:, rows], seen[rows], EARLY, 0.1),
             ]
         )
 
@@ -108,8 +110,8 @@ def test_gradients_reach_rates_and_scores():
     means.requires_grad_(True)
     torch.autograd.gradcheck(
         lambda r, m: (
-            losses.ratio_loss(r, m, present, seen, 0.7)
-            + losses.soft_loss(r, m, present, seen, 0.4, EARLY)
+            losses.rate_loss(r, m, present, seen, 0.7, per_rate=True)
+            + losses.rate_loss(r, m, present, seen, 0.4, per_rate=False)
         ),
         (rates, means),
     )

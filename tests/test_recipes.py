@@ -250,6 +250,26 @@ def _ids(model, processor, items):
     return [solution.ids for solution in mvot.solve(model.eval(), processor, items)]
 
 
+@pytest.mark.parametrize("calibrate", [0, 2])
+def test_equal_rates_are_where_a_run_starts(tmp_path, calibrate):
+    """Two-stage rates, and those of a fit, differ by layer."""
+    recipe = Recipe(
+        "volcano",
+        str(tmp_path),
+        task=("scene",),
+        dare={"vision_retention": 0.4, "text_retention": 1.0},
+        steps=1,
+        batch_size=2,
+        rate_lr=0.0,
+        calibrate=calibrate,
+        equal_rates=True,
+        rate_margin=0.1,
+    )
+    for router in train(recipe).model._dare.controller.routers:
+        expected = torch.tensor([0.9, 0.4]).expand_as(router.rates())  # inside the margin
+        torch.testing.assert_close(router.rates(), expected)
+
+
 @pytest.mark.slow
 def test_calibration_comes_before_the_first_step(tmp_path):
     """Rates of a calibrated start differ by layer, and stay where a gradient moves them."""

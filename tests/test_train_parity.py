@@ -21,6 +21,7 @@ from router_runs import STEPS, controller_of, routed, trainee, written_batch
 from test_hop_loop import DELIMITERS, Featured, assert_steps_are, looped, recomputed
 
 from dare_hf.compat import cache_of
+from dare_hf.config.dare_config import PRESETS
 from dare_hf.testing import collate, token_hops, written_inputs
 
 ROUTINGS = {
@@ -38,7 +39,8 @@ ROUTINGS = {
     "static": {"schedule": "two_stage", "vision_retention": 0.5, "text_retention": 0.6},
     "blind": {"hop_aware": False},
     "gumbel": {"selector": "gumbel"},
-    "literal": {"normalize_input": False},
+    "raw_input": {"normalize_input": False},
+    "literal": PRESETS["literal"],
     "multiply": {"score_scaling": "multiply"},
     "multiply_drop": {"score_scaling": "multiply", "pruned": "drop"},
 }

@@ -83,18 +83,19 @@ def spread_budget(
     return result
 
 
-def measure_cut_layer(vision_shares: Sequence[float]) -> int:
+def measure_cut_layer(vision_shares: Sequence[float]) -> int | None:
     """The first layer whose text puts under half the maximal share of its attention on vision.
 
     Args:
         vision_shares: One share per layer.
 
     Returns:
-        A 0-based layer behind the maximum; the last layer where there is none.
+        A 0-based layer behind the maximum; None where no such layer has one behind it, since the
+        losses and schedules that speak of layers behind the cut would then speak of none.
 
     Source: docs/method.md, section 3 ("auto").
     """
     peak = max(range(len(vision_shares)), key=lambda layer: vision_shares[layer])
     half = vision_shares[peak] / 2
-    under = (k for k in range(peak, len(vision_shares)) if vision_shares[k] < half)
-    return next(under, len(vision_shares) - 1)
+    under = (k for k in range(peak, len(vision_shares) - 1) if vision_shares[k] < half)
+    return next(under, None)

@@ -45,7 +45,8 @@ class Calibration:
         explained: Per layer (text, vision): share of the variance of log importance that the router
             explains on prompts it was not fitted to; 0 or less means nothing was learned.
         vision_shares: Per layer, share of its attention that text puts on vision.
-        cut_layer: The first layer where that share falls under half its maximum.
+        cut_layer: The first layer where that share falls under half its maximum; None where there
+            is none with a layer behind it.
         costs: What pruning a layer, and a hop, costs; None where rates are not learned.
         rates: `[row][layer]` rates (vision, text), the rows of the rate table: one for DARE-L,
             else row 0 for hops 0 and 1 and row h for a later hop h; None where not learned.
@@ -54,7 +55,7 @@ class Calibration:
 
     explained: list[tuple[float, float]]
     vision_shares: list[float]
-    cut_layer: int
+    cut_layer: int | None
     costs: RateCosts | None
     rates: list[list[tuple[float, float]]] | None
     tokens: dict[str, int]
@@ -68,6 +69,7 @@ def fit_router(
     max_new_tokens: int = 32,
     prompt_weight: float = 0.1,
     generate_kwargs: Mapping[str, Any] | None = None,
+    fit_rates: bool = True,
     details: Callable[[Calibration], None] | None = None,
 ) -> Any:
     """Give a model a router adapter fitted in closed form to what its own answers attend to.
@@ -92,6 +94,8 @@ def fit_router(
         max_new_tokens: Length of the continuations.
         prompt_weight: Share of the importance taken from the prompt's own text queries, in [0, 1].
         generate_kwargs: Further arguments of generate.
+        fit_rates: Whether learned rates are fitted too; False leaves them, and puts mean scores at
+            them.
         details: Receives what was measured.
 
     Returns:
@@ -110,7 +114,8 @@ def fit_router(
         raise DareInputError("batches: expected at least one batch of prompts; got none")
     routed = _with_adapter(model, config)
     try:
-        found = _fit(routed, given, max_new_tokens, prompt_weight, dict(generate_kwargs or {}))
+        options = dict(generate_kwargs or {})
+        found = _fit(routed, given, max_new_tokens, prompt_weight, options, fit_rates)
     except BaseException:
         if routed is not model:
             routed.unload()
@@ -126,6 +131,7 @@ def _fit(
     max_new_tokens: int,
     prompt_weight: float,
     generate_kwargs: dict[str, Any],
+    fit_rates: bool,
 ) -> Calibration:
     controller: Controller = _inner(routed)._dare.controller
     config = controller.config
@@ -134,10 +140,11 @@ def _fit(
         fits, shares, counts = _observe(routed, controller, complete, prompt_weight)
     explained = _write_routers(controller, fits)
     cut = measure_cut_layer(shares)
-    config.cut_layer = cut
+    if cut is not None and config.cut_layer == "auto":
+        config.cut_layer = cut
     costs, rates = None, None
     hop_shares = [1.0]
-    if config.learns_rates:
+    if config.learns_rates and fit_rates:
         targets = {VISION: config.vision_retention, TEXT: config.text_retention}
         fit = RateFit(routed, controller, _routers(controller), complete, targets)
         costs, rates = fit.run()

@@ -20,7 +20,9 @@ from dare_hf.config.fields import (
     Decode,
     HopBudget,
     HopScore,
+    LossReduction,
     Pruned,
+    Ratio,
     Schedule,
     ScoreScaling,
     Selector,
@@ -47,12 +49,20 @@ _OTHERWISE: dict[str, Any] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "safe": {"schedule": "safe", "scorer": "attention", "hop_decay": 1.0, **_SAFE},
-    "paper": {
-        "schedule": "two_stage",
+    # the method as the paper writes it, where this library does otherwise by default
+    "literal": {
+        "scorer": "router",
+        "schedule": "learned",
         "vision_retention": 0.4,
         "text_retention": 0.7,
+        "hop_aware": True,
+        "prefix_tokens": 2,
         "pruned": "bypass",
-        "scorer": "router",
+        "normalize_input": False,
+        "selector": "gumbel",
+        "score_scaling": "multiply_training",
+        "ratio": "per_rate",
+        "loss_reduction": "sum",
     },
 }
 
@@ -110,14 +120,18 @@ class DareConfig(PeftConfig):
         image_token_ids: token ids (>= 0) that are vision. None: found in the model's config.
         normalize_input: router input is RMS-normal (without parameters) first.
         score_scaling: "straight_through" leaves values as they are and passes the gradient;
-            "multiply" multiplies a layer's update by the score, in training and inference.
+            "multiply" multiplies a layer's update by the score, in training and inference;
+            "multiply_training" in training alone.
         selector: relaxation of the selection in training: "soft_topk" or the paper's "gumbel".
         tau_start: temperature of training at its start, > 0.
         tau_end: temperature of training at its end, > 0.
         soft_temperature: T of soft_topk's sigmoid, > 0.
+        ratio: what the vision loss brings to the target: the "mean" of the rates, or each of them
+            ("per_rate", the paper's).
+        loss_reduction: whether the losses are means over hops and layers ("mean") or sums.
         lambda_ratio: weight of the text ratio loss, >= 0.
-        lambda_soft: weight of the vision loss up to the cut, >= 0.
-        lambda_hard: weight of the vision loss behind the cut, >= 0.
+        lambda_soft: weight of the vision rate loss, >= 0.
+        lambda_hard: weight of the loss on vision scores behind the cut, >= 0.
         mu: factor of the hinge in the vision loss behind the cut, >= 0.
         epsilon: score above which that hinge acts, >= 0.
         seed: seed of the random scorer, an integer of 64 bits.
@@ -159,6 +173,8 @@ class DareConfig(PeftConfig):
     tau_start: float = 1.0
     tau_end: float = 0.2
     soft_temperature: float = 0.05
+    ratio: Ratio = "mean"
+    loss_reduction: LossReduction = "mean"
     lambda_ratio: float = 1.0
     lambda_soft: float = 1.0
     lambda_hard: float = 1.0
@@ -251,8 +267,8 @@ class DareConfig(PeftConfig):
         """A named configuration, with some fields set otherwise.
 
         Args:
-            name: "safe" (training-free, what ``apply_dare(model)`` uses) or "paper" (0.4 / 0.7, two
-                stages, trained router).
+            name: "safe" (training-free, what ``apply_dare(model)`` uses) or "literal" (trained as
+                the paper writes it, for comparison; docs/method.md, section 7).
             overrides: fields of DareConfig that replace the preset's.
 
         Raises:

@@ -34,8 +34,10 @@ Pruned = Literal["bypass", "drop"]
 HopScore = Literal["stored", "observed"]
 HopBudget = Literal["pooled", "per_hop"]
 Decode = Literal["full", "routed"]
-ScoreScaling = Literal["straight_through", "multiply"]
+ScoreScaling = Literal["straight_through", "multiply", "multiply_training"]
 Selector = Literal["soft_topk", "gumbel"]
+Ratio = Literal["mean", "per_rate"]
+LossReduction = Literal["mean", "sum"]
 
 MOST_HOPS, MOST_LAYERS, MOST_DELIMITERS, MOST_IDS = 1024, 1024, 1024, 65536
 """Bounds of what takes memory or time: hops with rates, pairs of a schedule, delimiters and the
@@ -137,6 +139,8 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "tau_start": _positive,
     "tau_end": _positive,
     "soft_temperature": _positive,
+    "ratio": choice(Ratio),
+    "loss_reduction": choice(LossReduction),
     "lambda_ratio": _weight,
     "lambda_soft": _weight,
     "lambda_hard": _weight,

@@ -237,9 +237,9 @@ def check_adapter(config: DareConfig, *, present: bool) -> None:
             "decode: expected 'full'; got 'routed', which needs thresholds that no adapter holds "
             "yet. Leave decode at its default: sampled tokens run all layers"
         )
-    if config.multiplies and config.scorer != "router":
+    if config.score_scaling != "straight_through" and config.scorer != "router":
         raise DareConfigError(
-            "score_scaling: expected scorer='router' for 'multiply'; got scorer="
+            f"score_scaling: expected scorer='router' for {config.score_scaling!r}; got scorer="
             f"{config.scorer!r}. Choose that scorer, or leave score_scaling at its default"
         )
 

@@ -33,6 +33,7 @@ class Recipe:
             None trains the LoRA on the unpruned model, the control of any comparison.
         calibrate: Rows that routers, and learned rates, are first fitted to in closed form
             (`calibration.fit_router`); 0 starts from chance.
+        equal_rates: Learned rates start at their targets, not at fitted ones.
         rate_margin: Fitted rates start between this and 1 minus this: a rate near 1 spares what a
             layer needs whole, and is slow to move.
         lora: Fields of peft's LoraConfig; None leaves the backbone as it is.
@@ -59,6 +60,7 @@ class Recipe:
     data: str | None = None
     dare: dict[str, Any] | None = field(default_factory=dict)
     calibrate: int = 0
+    equal_rates: bool = False
     rate_margin: float = 0.01
     lora: dict[str, Any] | None = None
     load_in_4bit: bool = False
@@ -206,6 +208,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "data": optional(text("a file")),
     "dare": optional(_members),
     "calibrate": _any,
+    "equal_rates": flag,
     "rate_margin": number("a share in (0, 0.5)", above=0, most=math.nextafter(0.5, 0)),
     "lora": optional(_members),
     "load_in_4bit": flag,

@@ -88,8 +88,8 @@ def train(recipe: Recipe, resume: bool = False) -> TrainingResult:
     )
     draws = model.config.model_type == "chameleon"
     with allow_image_tokens(model) if draws else nullcontext():
-        if recipe.calibrate and not resume and model._dare.controller.routers is not None:
-            _calibrate(model, recipe, rows, collate)
+        if not resume and model._dare.controller.routers is not None:
+            _start(model, recipe, rows, collate)
         trainer.train(resume_from_checkpoint=checkpoint)
     log = trainer.state.log_history
     folders = _save(model, recipe, out, write=trainer.is_world_process_zero())
@@ -144,16 +144,29 @@ def _attach(model: Any, recipe: Recipe, delimiters: tuple[int, ...]) -> None:
         apply_dare(model, config)
 
 
+def _start(model: Any, recipe: Recipe, rows: Any, collate: Any) -> None:
+    """Where fresh routers and rates begin: equal rates, a fit to the first rows, as asked for."""
+    controller, most = model._dare.controller, math.log(1 / recipe.rate_margin - 1)
+    config = controller.config
+    if recipe.equal_rates and config.learns_rates:
+        targets = torch.tensor([config.text_retention, config.vision_retention]).logit()
+        with torch.no_grad():
+            for router in controller.routers:
+                router.rate_logits.copy_(targets.clamp(-most, most).expand_as(router.rate_logits))
+    if recipe.calibrate:
+        _calibrate(model, recipe, rows, collate)
+        with torch.no_grad():
+            for router in controller.routers:
+                router.rate_logits.clamp_(-most, most)
+
+
 def _calibrate(model: Any, recipe: Recipe, rows: Any, collate: Any) -> None:
-    """Fit the fresh routers to the first rows; rates start inside the recipe's margin."""
+    """Fit the fresh routers to the first rows."""
     picked = [rows[index] for index in range(min(recipe.calibrate, len(rows)))]
     size = recipe.batch_size
     batches = [collate(picked[k : k + size]) for k in range(0, len(picked), size)]
-    fit_router(model, [{n: t.to(model.device) for n, t in batch.items()} for batch in batches])
-    most = math.log(1 / recipe.rate_margin - 1)
-    with torch.no_grad():
-        for router in model._dare.controller.routers:
-            router.rate_logits.clamp_(-most, most)
+    batches = [{n: t.to(model.device) for n, t in batch.items()} for batch in batches]
+    fit_router(model, batches, fit_rates=not recipe.equal_rates)
 
 
 def _lora_defaults(model: Any) -> dict[str, Any]:

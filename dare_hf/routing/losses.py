@@ -2,7 +2,8 @@
 
 Every loss is computed per row and averaged over the rows of the batch; a row without the tokens a
 term speaks of adds 0 to it. So a batch may be cut into micro-batches, or dealt to processes, and
-the mean over rows stays the same.
+the mean over rows stays the same. Over layers and hops it is a mean, or a sum where `summed` is
+set.
 """
 
 import torch
@@ -24,14 +25,24 @@ def group_means(
     return sums / groups.sum(1).clamp(min=1)
 
 
-def ratio_loss(
+def rate_loss(
     rates: Float[Tensor, "layers hops"],
     means: Float[Tensor, "layers batch hops"],
     present: Bool[Tensor, "batch hops"],
     seen: Bool[Tensor, "batch hops"],
     target: float,
+    *,
+    per_rate: bool,
+    summed: bool = False,
 ) -> Float[Tensor, ""]:
-    """``mean_{h,l} (rho - target)^2 + mean_{h,l} (mean_i s - rho)^2``, for text.
+    """Rates near their target, plus ``mean_{h,l} (mean_i s - rho)^2``: scores near their rates.
+
+    The first term is ``mean_{h,l} (rho - target)^2`` where `per_rate` is set; else it is
+    ``(mean_{h,l} rho - target)^2``, and layers and hops may trade with each other.
+
+    The tie of scores to rates runs over all layers. What lowers the scores of a layer (`hard_loss`,
+    the task) lowers its rates by it, and with them what is kept; without the tie a shift of the
+    bias would satisfy `hard_loss` and change nothing, since no rank changes.
 
     Args:
         rates: rho of each layer and hop.
@@ -39,61 +50,51 @@ def ratio_loss(
         present: hops a row has.
         seen: hops of a row that have tokens of the modality.
         target: share to keep, in (0, 1].
+        per_rate: every rate has the target, or their mean has.
+        summed: sums over layers and hops, not means; the mean rate stays one.
 
-    Source: docs/method.md, section 7, L_ratio.
+    Source: docs/method.md, section 7, equations 2 and 3.
     """
-    off_target = (rates - target).square().mean(0).expand(present.shape)
-    return _rows(off_target, present).mean() + _score_gap(rates, means, seen)
-
-
-def soft_loss(
-    rates: Float[Tensor, "layers hops"],
-    means: Float[Tensor, "layers batch hops"],
-    present: Bool[Tensor, "batch hops"],
-    seen: Bool[Tensor, "batch hops"],
-    target: float,
-    early: Bool[Tensor, " layers"],
-) -> Float[Tensor, ""]:
-    """``(mean_{h,l} rho - target)^2 + mean_{h, l <= l_c} (mean_i s - rho)^2``, for vision.
-
-    Args:
-        rates: rho of each layer and hop.
-        means: mean score of each hop's tokens.
-        present: hops a row has.
-        seen: hops of a row that have tokens of the modality.
-        target: share to keep, in (0, 1].
-        early: layers up to the cut.
-
-    Source: docs/method.md, section 7, L_soft.
-    """
-    share = _rows(rates.mean(0).expand(present.shape), present)
-    off_target = torch.where(present.any(1), (share - target).square(), 0.0)
-    return off_target.mean() + _score_gap(rates[early], means[early], seen)
+    if per_rate:
+        squares = _over((rates - target).square(), 0, summed).expand(present.shape)
+        off_target = _over_hops(squares, present, summed)
+    else:
+        share = _over_hops(rates.mean(0).expand(present.shape), present, False)
+        off_target = torch.where(present.any(1), (share - target).square(), 0.0)
+    gaps = _over((means - rates[:, None]).square(), 0, summed)
+    return off_target.mean() + _over_hops(gaps, seen, summed).mean()
 
 
 def hard_loss(
-    excess: Float[Tensor, "layers batch"], early: Bool[Tensor, " layers"], mu: float
+    excess: Float[Tensor, "layers batch hops"],
+    seen: Bool[Tensor, "batch hops"],
+    early: Bool[Tensor, " layers"],
+    mu: float,
+    summed: bool = False,
 ) -> Float[Tensor, ""]:
-    """``mu * mean_{l > l_c, i} max(0, s - eps)``, for vision.
+    """``mu * mean_{h, l > l_c} mean_i max(0, s - eps)``, for vision.
 
     Args:
-        excess: mean of ``max(0, s - eps)`` over a row's vision tokens of all hops.
+        excess: mean of ``max(0, s - eps)`` over a hop's vision tokens.
+        seen: hops of a row that have vision.
         early: layers up to the cut.
         mu: factor.
+        summed: sums over layers and hops, not means.
 
-    Source: docs/method.md, section 7, L_hard.
+    Source: docs/method.md, section 7, equation 4.
     """
     late = excess[~early]
-    return mu * late.mean() if len(late) else excess.sum() * 0.0
+    if not len(late):
+        return excess.sum() * 0.0
+    return mu * _over_hops(_over(late, 0, summed), seen, summed).mean()
 
 
-def _score_gap(rates: Tensor, means: Tensor, seen: Tensor) -> Tensor:
-    if not len(rates):
-        return means.sum() * 0.0
-    return _rows((means - rates[:, None]).square().mean(0), seen).mean()
+def _over(values: Tensor, dim: int, summed: bool) -> Tensor:
+    return values.sum(dim) if summed else values.mean(dim)
 
 
-def _rows(values: Tensor, there: Tensor) -> Tensor:
-    """Mean of each row's values [batch, hops] where they are there; 0 where none is."""
+def _over_hops(values: Tensor, there: Tensor, summed: bool) -> Tensor:
+    """Mean or sum of each row's values [batch, hops] where they are there; 0 where none is."""
     weights = there.to(values.dtype)
-    return (values * weights).sum(1) / weights.sum(1).clamp(min=1)
+    total = (values * weights).sum(1)
+    return total if summed else total / weights.sum(1).clamp(min=1)

@@ -74,6 +74,7 @@ def open_simulation(arguments: Mapping[str, Any], controller: Controller) -> For
         controller.routers,
         controller.tau,
         _noise(controller),
+        controller.anatomy.text_model.training,
         controller.anatomy.sources,
     )
     return context

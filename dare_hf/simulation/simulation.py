@@ -53,14 +53,19 @@ class Route:
 class SimulationRecord:
     """What the auxiliary losses read of one training forward, by selecting layer.
 
+    The tokens of a hop that brings none of a modality are those of the hops before it: its rate is
+    the one by which they are thinned when it begins.
+
     Attributes:
         layers: Their indices.
         rates: Float[H, 2] rho of text and vision.
         means: Float[B, H, 2] mean score of each hop's tokens.
-        excess: Float[B] mean over a row's vision tokens of max(0, s - epsilon).
+        excess: Float[B, H] mean of max(0, s - epsilon) over each hop's vision tokens.
+        present: Bool[B, H] hops a row has.
         seen: Bool[B, H, 2] whether a row's hop has tokens of the modality.
     """
 
+    present: Tensor
     seen: Tensor
     layers: list[int] = field(default_factory=list)
     rates: list[Tensor] = field(default_factory=list)
@@ -80,6 +85,7 @@ class Simulation:
         routers: The active adapter's router of each layer, or None.
         tau: The Gumbel selector's temperature.
         noise: Draws the Gumbel selector's noise; None outside training.
+        training: Whether the model is in training mode.
         sources: For each layer the one whose keys it reads; () where each reads its own.
 
     Attributes:
@@ -99,11 +105,12 @@ class Simulation:
         routers: list[Router] | None,
         tau: float,
         noise: torch.Generator | None,
+        training: bool,
         sources: Sequence[int] = (),
     ) -> None:
         self.context, self.config, self.table = context, config, table
         self.scorer, self.routers, self.tau, self.noise = scorer, routers, tau, noise
-        self.sources = sources
+        self.training, self.sources = training, sources
         self.closed = False
         self.drops = config.pruned == "drop"
         span, _ = context.span_and_forced()
@@ -119,14 +126,17 @@ class Simulation:
         hop = context.token_hop.long()
         groups = (hop * 2 + context.modality).masked_fill(context.modality == PAD, 2 * self.hops)
         onehot = torch.nn.functional.one_hot(groups, 2 * self.hops + 1)[..., :-1]
-        self._groups, self._vision = onehot.float(), (context.modality == VISION).float()[..., None]
-        seen = onehot.any(1).view(context.batch, self.hops, 2)
-        self.record = SimulationRecord(seen)
+        own = onehot.view(*hop.shape, self.hops, 2)
+        own_or_before = torch.where(own.any(1, keepdim=True), own, own.cumsum(2))
+        self._groups = own_or_before.flatten(2).float()
+        present = own.any(1).any(-1)
+        self.record = SimulationRecord(present, own_or_before.any(1) & present[..., None])
 
     @property
     def multiplies(self) -> bool:
         """Whether a layer's update is really multiplied by the score."""
-        return self.config.score_scaling == "multiply"
+        in_training = self.config.score_scaling == "multiply_training"
+        return self.config.multiplies or (in_training and self.training)
 
     @property
     def learns_rates(self) -> bool:
@@ -146,7 +156,7 @@ class Simulation:
         self.closed = True
         self.masks, self._routes, self._hop_gates, self.pruners = {}, {}, {}, []
         self._shared = {}
-        self.record = SimulationRecord(self.record.seen)
+        self.record = SimulationRecord(self.record.present, self.record.seen)
 
     def route(self, layer: nn.Module, index: int, hidden: Tensor) -> Route:
         """The route of layer `index`, whose input is `hidden` [B, S, D]."""
@@ -311,7 +321,7 @@ class Simulation:
         record.rates.append(torch.stack(flat).to(scores.dtype).view(self.hops, 2))
         record.means.append(group_means(scores, self._groups).view(shape))
         over = (scores - self.config.epsilon).clamp(min=0)
-        record.excess.append(group_means(over, self._vision)[:, 0])
+        record.excess.append(group_means(over, self._groups).view(shape)[..., VISION])
 
 
 def _spans(context: ForwardContext, span: Tensor) -> list[tuple[int, Tensor, list[list[int]]]]:

@@ -9,7 +9,7 @@ import torch
 from dare_hf.engine.attach import state_of
 from dare_hf.errors import DareStateError
 from dare_hf.routing.kinds import TEXT, VISION
-from dare_hf.routing.losses import hard_loss, ratio_loss, soft_loss
+from dare_hf.routing.losses import hard_loss, rate_loss
 from dare_hf.routing.retention import resolve_cut_layer
 
 if TYPE_CHECKING:
@@ -49,12 +49,26 @@ def auxiliary_loss(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
     early = torch.tensor([index <= cut for index in record.layers], device=record.seen.device)
     rates, means = torch.stack(record.rates), torch.stack(record.means)
     text, vision = record.seen[..., TEXT], record.seen[..., VISION]
-    present = text | vision
-    ratio = ratio_loss(rates[..., TEXT], means[..., TEXT], present, text, config.text_retention)
-    soft = soft_loss(
-        rates[..., VISION], means[..., VISION], present, vision, config.vision_retention, early
+    summed = config.loss_reduction == "sum"
+    ratio = rate_loss(
+        rates[..., TEXT],
+        means[..., TEXT],
+        record.present,
+        text,
+        config.text_retention,
+        per_rate=True,
+        summed=summed,
     )
-    hard = hard_loss(torch.stack(record.excess), early, config.mu)
+    soft = rate_loss(
+        rates[..., VISION],
+        means[..., VISION],
+        record.present,
+        vision,
+        config.vision_retention,
+        per_rate=config.ratio == "per_rate",
+        summed=summed,
+    )
+    hard = hard_loss(torch.stack(record.excess), vision, early, config.mu, summed)
     parts = {
         "ratio_text": config.lambda_ratio * ratio,
         "soft_vision": config.lambda_soft * soft,
