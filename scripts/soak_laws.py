@@ -158,6 +158,7 @@ def rules(run: Run) -> tuple[OracleRouting, HopRules]:
         always_keep=config.always_keep_token_ids,
         pruned=config.pruned,
         batch_budget=config.batch_budget,
+        recent_share=config.recent_share,
     )
     hops = HopRules(
         rates=pairs,

@@ -18,7 +18,12 @@ from dare_hf.training import add_adapter
 MODELS = ("llava", "chameleon")
 ROUNDING = 1e-5
 """A frozen model and a trainable one differ by 5e-7, DARE or not: torch takes other kernels."""
-LEARNED: dict[str, Any] = {"scorer": "router", "schedule": "learned", "max_hops": 4}
+LEARNED: dict[str, Any] = {
+    "scorer": "router",
+    "schedule": "learned",
+    "max_hops": 4,
+    "recent_tokens": 0,  # prompts are shorter than what is protected by default
+}
 LORA: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "r": 2, "init_lora_weights": False}
 
 

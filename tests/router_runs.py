@@ -42,7 +42,14 @@ def sharpen(routers, seed: int = 0) -> None:
 @contextmanager
 def routed(model, **fields: Any) -> Iterator[Any]:
     """Put a sharp router adapter on a model for the length of a block."""
-    options = {"scorer": "router", "schedule": "learned", **FIELDS, **fields}
+    # prompts are shorter than what is protected by default
+    options = {
+        "scorer": "router",
+        "schedule": "learned",
+        "recent_tokens": 0,
+        **FIELDS,
+        **fields,
+    }
     wrapped = get_peft_model(model, DareConfig(**options))
     sharpen(controller_of(wrapped).routers)
     try:

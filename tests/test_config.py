@@ -58,6 +58,9 @@ REFUSED = {
     "hop_score": ["seen", "", 0],
     "hop_budget": ["row", "", 0],
     "uniform_share": [-0.1, 1.1, NAN, True, "0.25", None],
+    "recent_share": [-0.1, 1.1, NAN, True, "0.25", None],
+    "recent_tokens": [-1, 2.0, True, "2", None, NAN],
+    "first_layers_whole": ["two", -1, 0.5, 1.0, NAN, True, None, (3,), 1025],
     "cut_layer": ["half", -1, 0.0, 1.0, 1.5, -0.5, NAN, True, None, (3,)],
     "scorer": ["", None, 3, ["attention"]],
     "hop_delimiters": ["</coor>", 5, None, [""], [[]], [-1], [1.5], [True], [[1, -2]], [None]],
@@ -88,6 +91,9 @@ ACCEPTED = {
         ("learned", "learned"),
         ([[1, 0.5], (0.25, 1)], ((1.0, 0.5), (0.25, 1.0))),
     ],
+    "recent_share": [(0, 0.0), (1, 1.0)],
+    "recent_tokens": [(0, 0), (np.int64(3), 3)],
+    "first_layers_whole": [("auto", "auto"), (0, 0), (np.int64(3), 3)],
     "cut_layer": [("auto", "auto"), (0, 0), (7, 7), (0.5, 0.5), (np.int64(3), 3)],
     "hop_delimiters": [
         ([5, [6, 7], "</coor>"], (5, (6, 7), "</coor>")),
@@ -161,7 +167,10 @@ def test_defaults_are_the_contract() -> None:
         "plan_every": 4,
         "batch_budget": "row",
         "uniform_share": 0.25,
+        "recent_tokens": 32,
+        "recent_share": 0.75,
         "cut_layer": "auto",
+        "first_layers_whole": "auto",
         "prefix_tokens": 2,
         "pruned": "bypass",
         "scorer": "attention",
@@ -197,9 +206,16 @@ def test_defaults_are_the_contract() -> None:
     }
 
 
-BY_SCHEDULE = ("schedule", "vision_retention", "text_retention", "plan_every", "uniform_share")
-SAFE = ("safe", 7 / 12, 1.0, 4, 0.25)
-OTHERWISE = (0.4, 0.7, 1, 0.0)
+BY_SCHEDULE = (
+    "schedule",
+    "vision_retention",
+    "text_retention",
+    "plan_every",
+    "uniform_share",
+    "recent_share",
+)
+SAFE = ("safe", 7 / 12, 1.0, 4, 0.25, 0.75)
+OTHERWISE = (0.4, 0.7, 1, 0.0, 0.0)
 
 
 def by_schedule(config: DareConfig) -> tuple[object, ...]:
@@ -214,8 +230,8 @@ def by_schedule(config: DareConfig) -> tuple[object, ...]:
         ({"scorer": "router"}, ("two_stage", *OTHERWISE)),
         ({"scorer": "router", "schedule": "safe"}, SAFE),
         ({"schedule": "learned"}, ("learned", *OTHERWISE)),
-        ({"schedule": "constant", "plan_every": 3}, ("constant", 0.4, 0.7, 3, 0.0)),
-        ({"vision_retention": 0.4}, ("safe", 0.4, 1.0, 4, 0.25)),
+        ({"schedule": "constant", "plan_every": 3}, ("constant", 0.4, 0.7, 3, 0.0, 0.0)),
+        ({"vision_retention": 0.4}, ("safe", 0.4, 1.0, 4, 0.25, 0.75)),
         ({"schedule": [(0.5, 1.0)]}, (((0.5, 1.0),), *OTHERWISE)),
     ],
 )
@@ -236,9 +252,9 @@ def test_another_schedule_resolves_what_is_unnamed_and_nothing_else() -> None:
     # a value that is named stays, also where it is the default by chance
     named = DareConfig(vision_retention=7 / 12, plan_every=4)
     found = by_schedule(dataclasses.replace(named, schedule="constant"))
-    assert found == ("constant", 7 / 12, 0.7, 4, 0.0)
+    assert found == ("constant", 7 / 12, 0.7, 4, 0.0, 0.0)
     found = by_schedule(dataclasses.replace(DareConfig(), schedule="constant", plan_every=4))
-    assert found == ("constant", 0.4, 0.7, 4, 0.0)
+    assert found == ("constant", 0.4, 0.7, 4, 0.0, 0.0)
     for twin in (copy.deepcopy(DareConfig()), pickle.loads(pickle.dumps(DareConfig()))):
         assert by_schedule(dataclasses.replace(twin, schedule="constant"))[1:] == OTHERWISE
 
@@ -253,6 +269,25 @@ def test_a_serialised_config_is_literal(tmp_path: Path) -> None:
     assert all(type(value) in (float, int, str) for value in by_schedule(read))
 
 
+def test_a_file_from_before_protection_protects_nothing(tmp_path: Path) -> None:
+    """Adapters route as they were trained."""
+    DareConfig(scorer="router").save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    fields = json.loads(file.read_text())
+    assert [fields[name] for name in NEWER] == [32, 0.0, "auto"]
+    assert DareConfig.from_pretrained(str(tmp_path)).recent_tokens == 32
+    for name in NEWER:
+        del fields[name]
+    file.write_text(json.dumps(fields))
+    read = DareConfig.from_pretrained(str(tmp_path))
+    assert [getattr(read, name) for name in NEWER] == [0, 0.0, 0]
+    again = dataclasses.replace(read, schedule="safe")
+    assert [getattr(again, name) for name in NEWER] == [0, 0.0, 0], "what is read is literal"
+
+
+NEWER = ("recent_tokens", "recent_share", "first_layers_whole")
+
+
 def test_checked_again() -> None:
     config = DareConfig()
     config.vision_retention = 7
@@ -260,7 +295,7 @@ def test_checked_again() -> None:
         config.checked()
     config.vision_retention, config.schedule = 0.3, "constant"
     twin = config.checked(num_layers=4)
-    assert by_schedule(twin) == ("constant", 0.3, 1.0, 4, 0.25), "resolved when it was made"
+    assert by_schedule(twin) == ("constant", 0.3, 1.0, 4, 0.25, 0.75), "resolved when it was made"
     assert (twin.num_layers, config.num_layers) == (4, None)
 
 

@@ -91,6 +91,7 @@ def oracle_rules(fields) -> tuple[OracleRouting, HopRules]:
         vision_retention=fields["vision_retention"],
         text_retention=fields["text_retention"],
         plan_every=fields.get("plan_every", 1),
+        first_whole=fields.get("first_layers_whole", 0),
         max_hops=fields.get("max_hops", 8) if hop_aware else 1,
         hop_decay=fields["hop_decay"] if hop_aware else 1.0,
     )

@@ -9,6 +9,7 @@ from peft_runs import LEARNED, adapted, learn, routers, tokens
 
 from dare_hf import DareConfig, last_report
 from dare_hf.engine.attach import state_of
+from dare_hf.routing import TEXT, VISION
 from dare_hf.routing.retention import build_table
 from dare_hf.testing import (
     HopRules,
@@ -18,6 +19,7 @@ from dare_hf.testing import (
     tiny_model,
     written_inputs,
 )
+from dare_hf.training import auxiliary_loss
 
 STEPS = {1: [[3, 4, 11, 16]], 3: [[2, 9], [5, 6, 7, 15], [0, 12]]}
 
@@ -173,3 +175,51 @@ def test_a_fresh_configuration_routes_as_it_says():
     controller = state_of(peft_model).controller
     assert controller.config.scorer == "random"
     assert set(controller.table.vision[0]) == {0.4}
+
+
+@pytest.mark.parametrize("plan_every", [1, 4])
+def test_the_first_layers_of_a_deep_model_are_whole_and_the_others_hold_the_mean(plan_every):
+    fields = {"vision_retention": 0.4, "text_retention": 0.7, "plan_every": plan_every}
+    model = adapted(tiny_model("llava", layers=9), seed=None, **fields)
+    for kind, target in ((VISION, 0.4), (TEXT, 0.7)):
+        assert table_of(model).mean(kind) == pytest.approx(target, abs=1e-6)
+    learn(model)
+    table = table_of(model)
+    assert table.vision[0][:2] == table.text[0][:2] == (1.0, 1.0)
+    assert max(*table.vision[0][2:], *table.text[0][2:]) < 1.0
+    assert table.plan_layers[2] == 2, "the first layer that prunes selects"
+    old = adapted(tiny_model("llava", layers=9), plan_every=plan_every, first_layers_whole=0)
+    assert max(table_of(old).text[0]) < 1.0, "adapters trained before keep their tables"
+
+
+def test_rates_and_scores_at_their_targets_cost_nothing_beside_whole_layers():
+    """The auxiliary loss asks the free layers for the mean that they have to hold."""
+    fields = {"vision_retention": 0.4, "text_retention": 0.7, "hop_aware": False}
+    model = adapted(tiny_model("llava", layers=9), seed=None, lambda_hard=0.0, **fields)
+    inputs = inputs_of(model.get_base_model(), (1,), text=(40,))
+    labels = inputs["input_ids"].masked_fill(torch.arange(inputs["input_ids"].shape[1]) < 30, -100)
+    with torch.no_grad():
+        for router in routers(model)[2:]:
+            router.weight.zero_()
+            router.bias.copy_(router.rate_logits[0])
+    model(**inputs, labels=labels).loss.backward()
+    model.zero_grad()
+    model(**inputs, labels=labels)
+    loss, parts = auxiliary_loss(model)
+    assert loss.item() == pytest.approx(0.0, abs=1e-6), parts
+    with torch.no_grad():
+        routers(model)[5].rate_logits.add_(1.0)
+    model(**inputs, labels=labels)
+    assert auxiliary_loss(model)[0].item() > 1e-3
+
+
+def test_every_parameter_of_a_router_takes_part_beside_whole_layers():
+    """Else DDP, which counts the gradients that come, waits for some that never do."""
+    model = adapted(tiny_model("llava", layers=9), hop_aware=False)
+    inputs = inputs_of(model.get_base_model(), (1,), text=(40,))
+    labels = inputs["input_ids"].masked_fill(torch.arange(inputs["input_ids"].shape[1]) < 30, -100)
+    loss = model(**inputs, labels=labels).loss + auxiliary_loss(model)[0]
+    loss.backward()
+    for layer, router in enumerate(routers(model)):
+        assert all(p.grad is not None for p in router.parameters()), layer
+        assert bool(router.rate_logits.grad.any()) == (layer >= 2)

@@ -15,6 +15,7 @@ from dare_hf.routing.retention import (
     build_table,
     learned_table,
     resolve_cut_layer,
+    whole_layers,
 )
 
 # Sums of at most 64 floats of size 1.
@@ -73,10 +74,11 @@ def hold_mean(made: RetentionTable, target: float, runs: list[int] | None = None
     st.lists(st.integers(1, 3), min_size=1, max_size=40),
     rates,
     st.floats(0.01, 0.99),
-    st.sampled_from(["two_stage", "safe", "constant"]),
+    st.sampled_from(["two_stage", "safe", "ramp", "constant"]),
     st.booleans(),
     st.sets(st.integers(0, 39), max_size=4),
     st.integers(1, 9),
+    st.integers(0, 5),
 )
 def test_the_mean_is_what_was_named(
     runs: list[int],
@@ -86,21 +88,25 @@ def test_the_mean_is_what_was_named(
     history: bool,
     whole: set[int],
     every: int,
+    first: int,
 ) -> None:
     fields = {"cut_layer": cut, "runs": runs, "vision_retention": target, "text_retention": target}
     depth = len(runs)
+    fields["first_whole"] = first = min(first, depth - 1)
     made = table(
         depth, schedule, scorer_needs_history=history, whole=whole, plan_every=every, **fields
     )
-    assert all(not made.free_layers[layer] for layer in whole if layer < depth)
-    if schedule == "constant":
+    assert all(not made.free_layers[layer] for layer in {*whole, *range(first)} if layer < depth)
+    if schedule == "constant" and first == 0:
         expected = tuple(target if free else 1.0 for free in made.free_layers)
         assert made.vision[0] == made.text[0] == expected
-    else:
+    elif schedule != "constant" or not whole:
         hold_mean(made, target, runs)
     shared = table(depth, "two_stage", plan_every=every, shares_rates=True, **fields)
     pairs = [list(zip(shared.text[0], shared.vision[0], strict=True))]
-    hold_mean(learned_table(pairs, plan_every=every), target, runs)
+    learned = learned_table(pairs, plan_every=every, first_whole=first)
+    assert learned.text[0][:first] == learned.vision[0][:first] == (1.0,) * first
+    hold_mean(learned, target, runs)
 
 
 @given(depths, st.floats(0.01, 0.99), st.booleans())
@@ -176,6 +182,61 @@ def test_safe_keeps_its_shape(num_layers: int, target: float) -> None:
         assert third == pytest.approx(first / 4)
 
 
+@given(st.integers(1, 64), rates, st.integers(0, 5), st.sets(st.integers(0, 63)), st.integers(1, 9))
+def test_ramp_is_linear_and_as_steep_as_it_can_be(
+    depth: int, target: float, first: int, whole: set[int], every: int
+) -> None:
+    first = min(first, depth - 1)
+    fields = {"vision_retention": target, "text_retention": target, "first_whole": first}
+    made = table(depth, "ramp", whole=whole, plan_every=every, **fields)
+    assert made.vision == made.text
+    row, free = made.text[0], [layer for layer, own in enumerate(made.free_layers) if own]
+    points = [(max(layer - layer % every, first), row[layer]) for layer in free]
+    if len({at for at, _ in points}) < 2 or MIN_RATE in row:
+        return
+    (start, high), (end, low) = points[0], points[-1]
+    for at, rate in points:  # on the line from the first to the last
+        assert rate == pytest.approx(high + (low - high) * (at - start) / (end - start), abs=1e-9)
+    assert high == pytest.approx(1.0) or low == pytest.approx(0.3 * high)
+    assert low >= 0.3 * high - 1e-9
+
+
+def test_ramp_by_hand() -> None:
+    fields = {"vision_retention": 0.55, "text_retention": 0.75, "first_whole": 2}
+    made = table(12, "ramp", **fields)
+    assert made.free_layers == (False, False) + (True,) * 10
+    assert made.text[0] == pytest.approx([1, 1] + [1 - 0.6 * place / 9 for place in range(10)])
+    steep = [0.46 * 2 / 1.3 * (1 - 0.7 * place / 9) for place in range(10)]
+    assert made.vision[0] == pytest.approx([1, 1, *steep])
+    assert made.plan_layers == tuple(range(12)), "each layer has a rate of its own"
+    shared = table(12, "ramp", plan_every=4, **fields)
+    assert shared.plan_layers == (0, 0, 2, 2, 4, 4, 4, 4, 8, 8, 8, 8)
+    assert shared.mean(TEXT) == pytest.approx(0.75)
+
+
+def test_a_learned_plan_begins_behind_the_whole_layers() -> None:
+    made = learned_table([[(0.5, 0.25)] * 7], plan_every=4, first_whole=2)
+    assert made.plan_layers == (0, 0, 2, 2, 4, 4, 4)
+    assert made.text == ((1.0, 1.0) + (0.5,) * 5,)
+    assert made.free_layers == (False,) * 2 + (True,) * 5
+
+
+@pytest.mark.parametrize("schedule", ["safe", "two_stage", "ramp", "learned", "constant", [(1, 1)]])
+@pytest.mark.parametrize("depth", [1, 7, 8, 30])
+def test_whole_layers_of_a_schedule(schedule: object, depth: int) -> None:
+    literal = schedule == "constant" or not isinstance(schedule, str)
+    assert whole_layers("auto", schedule, depth) == (0 if literal or depth < 8 else 2)
+    assert [whole_layers(named, schedule, depth) for named in (0, 3)] == [0, 3]
+
+
+def test_first_layers_of_constant_and_lists_are_whole_where_that_is_named() -> None:
+    made = table(5, "constant", first_whole=1)
+    assert made.text[0] == (1.0, *[pytest.approx((0.7 * 5 - 1) / 4)] * 4)
+    made = table(3, ((0.2, 0.5), (0.5, 0.25), (0.1, 1.0)), first_whole=1)
+    assert made.vision == ((1.0, 0.5, 0.1),)
+    assert made.text == ((1.0, 0.25, 1.0),)
+
+
 def test_constant_leaves_no_layer_out() -> None:
     made = table(5, "constant", scorer_needs_history=True)
     assert made.vision == ((0.4,) * 5,)
@@ -220,7 +281,7 @@ def test_decay_never_reaches_zero() -> None:
 @given(
     st.integers(1, 40),
     st.integers(1, 50),
-    st.sampled_from(["two_stage", "safe", "constant"]),
+    st.sampled_from(["two_stage", "safe", "ramp", "constant"]),
     st.booleans(),
     st.sampled_from([0.5, 1.0]),
 )

@@ -13,6 +13,7 @@ from dare_hf.routing.scores import (
     key_norm_scores,
     position_scores,
     random_scores,
+    recent_scores,
     router_scores,
 )
 
@@ -119,6 +120,14 @@ def test_random_leaves_the_generator_alone() -> None:
     before = torch.get_rng_state()
     random_scores(0, 0, torch.arange(9)[None])
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_recent_rises_with_the_index_also_where_floats_are_coarse() -> None:
+    index = torch.tensor([[0, 1, 2, 131_071, 131_072, 2**24 - 2, 2**24 - 1]])
+    scores = recent_scores(index)
+    assert torch.equal(scores, reference.recent_scores(index))
+    assert (scores.diff() > 0).all()
+    assert 0 <= scores.min() <= scores.max() < 1
 
 
 def test_position_falls_with_the_index() -> None:

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dare_hf.routing import PAD, TEXT, VISION, reference
 from dare_hf.routing.even_grid import even_grid
+from dare_hf.routing.first import newest_text, taken_first
 from dare_hf.routing.selection import (
     capped_keep,
     compaction_keep,
@@ -23,8 +24,8 @@ from dare_hf.routing.selection import (
     image_borders,
     isin_ids,
     keep_mask,
-    last_text_run,
     last_valid,
+    newest,
 )
 
 MAX_BATCH, MAX_TOKENS, MAX_BUDGET = 3, 18, 20
@@ -315,13 +316,16 @@ def test_last_valid() -> None:
 
 
 @given(st.data())
-def test_borders_and_last_run_equal_the_reference(data: st.DataObject) -> None:
+def test_borders_and_newest_equal_the_reference(data: st.DataObject) -> None:
     modality = modalities(data.draw, data.draw(st.integers(1, 3)), data.draw(st.integers(0, 12)))
     assert torch.equal(image_borders(modality), reference.image_borders(modality))
-    assert torch.equal(last_text_run(modality), reference.last_text_run(modality))
+    text, count = modality == TEXT, data.draw(st.integers(0, 14))
+    assert torch.equal(newest(text, count), reference.newest(text, count))
+    counts = torch.tensor([data.draw(st.integers(0, 14)) for _ in modality])[:, None]
+    assert torch.equal(newest(text, counts), reference.newest(text, counts))
 
 
-def test_last_text_run_and_borders_by_hand() -> None:
+def test_newest_and_borders_by_hand() -> None:
     modality = torch.tensor(
         [
             [PAD, TEXT, TEXT, VISION, VISION, TEXT, TEXT],
@@ -330,11 +334,13 @@ def test_last_text_run_and_borders_by_hand() -> None:
         ],
         dtype=torch.int8,
     )
-    assert last_text_run(modality).int().tolist() == [
-        [0, 0, 0, 0, 0, 1, 1],
-        [0, 0, 0, 1, 0, 0, 0],
+    text = modality == TEXT
+    assert newest(text, 3).int().tolist() == [
+        [0, 0, 1, 0, 0, 1, 1],
+        [1, 1, 0, 1, 0, 0, 0],
         [0] * 7,
     ]
+    assert newest(text, 0).int().tolist() == [[0] * 7] * 3
     assert image_borders(modality).int().tolist() == [
         [0, 0, 1, 0, 0, 1, 0],
         [0, 1, 0, 1, 0, 0, 0],
@@ -386,6 +392,42 @@ def test_grid_equals_the_reference_and_stays_in_the_budget(
     assert torch.equal(kept.sum(1), k.maximum((able & forced).sum(1)))
 
 
+@given(st.data(), st.sampled_from([0.0, 0.1, 0.3, 0.5, 2 / 3, 1.0]))
+def test_the_newest_text_equals_the_reference_and_stays_in_the_budget(
+    data: st.DataObject, share: float
+) -> None:
+    modality, candidates, forced, budget = case = grid_case(data.draw)
+    found = newest_text(*case, share)
+    assert torch.equal(found, reference.newest_text(*case, share))
+    able = candidates & (modality == TEXT)
+    k = budget.minimum(able.sum(1))
+    budgets = torch.stack([budget, torch.zeros_like(budget)], 1)
+    scores, most = torch.rand(modality.shape), (int(budget.max()), 0)
+    kept = keep_mask(scores, modality, able, forced, budgets, most, first=found)
+    assert not (found & ~kept).any(), "a new token was not kept"
+    assert torch.equal(kept.sum(1), k.maximum((able & forced).sum(1)))
+    quota = (round(share * 1e6) * k // 1_000_000)[:, None]
+    assert not (found & ~newest(able, quota)).any(), "more than the share"
+    if share == 1.0:  # then no score decides: what the scorer "recent" keeps
+        order = torch.arange(modality.shape[1]).expand(modality.shape).float()
+        assert torch.equal(kept, keep_mask(order, modality, able, forced, budgets, most))
+
+
+def test_forced_tokens_count_in_the_share_of_the_newest() -> None:
+    modality = torch.zeros(1, 12, dtype=torch.int8)
+    every, places = torch.ones(1, 12, dtype=torch.bool), torch.arange(12)[None]
+    for forced, k, share, wanted in [
+        (places >= 9, 6, 0.5, []),  # the three newest are forced: nothing is to be added
+        (places >= 9, 8, 0.5, [8]),
+        (places < 3, 6, 0.5, [9, 10, 11]),
+        (places < 3, 6, 1.0, [9, 10, 11]),  # forced ones leave room for three
+        (places < 5, 6, 0.5, [11]),
+        (places < 7, 6, 0.5, []),
+    ]:
+        found = newest_text(modality, every, forced, torch.tensor([k]), share)
+        assert found[0].nonzero().flatten().tolist() == wanted
+
+
 def test_forced_tokens_leave_the_grid_what_remains() -> None:
     modality = torch.ones(1, 12, dtype=torch.int8)
     every, forced = torch.ones(1, 12, dtype=torch.bool), torch.arange(12)[None] < 3
@@ -422,11 +464,11 @@ def test_nothing_here_waits_for_the_device() -> None:
         modality = torch.zeros(2, 30, dtype=torch.int8)
         every = torch.ones(2, 30, dtype=torch.bool)
         budgets, hop = torch.ones(2, 2).long(), torch.zeros(2, 30).long()
-        grid = even_grid(modality, every, every, budgets[:, 1], 0.25)
+        grid = taken_first(modality, every, every, budgets, 0.25, 0.5)
         forced = forced_tokens(
             every, prefix_tokens=2, already=budgets[:, 0], always=isin_ids(hop, (1, 2))
         )
-        forced = forced | last_text_run(modality) | image_borders(modality)
+        forced = forced | newest(modality == 0, 3) | image_borders(modality)
         forced = forced | hop_prefix_mask(every, hop, 3)
         keep = keep_mask(scores, modality, every, forced, budgets, (5, 5), grid)
         index, live = gather_index(keep, 12)

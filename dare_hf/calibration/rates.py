@@ -12,6 +12,7 @@ from transformers.utils import logging
 from dare_hf.api import dare_disabled
 from dare_hf.calibration.budgets import spread_budget
 from dare_hf.routing.kinds import TEXT, VISION
+from dare_hf.routing.retention import held_mean
 from dare_hf.simulation.layout import read_layout
 
 if TYPE_CHECKING:
@@ -45,9 +46,9 @@ class RateCosts:
         weights: Per row of the rate table, the share of the batches' hops that it serves; they sum
             to 1.
         layers: `["vision" | "text"][layer][rate]`: one layer alone, at all hops, at each of
-            TRIED_RATES.
-        budgets: `["vision" | "text"]`: mean rates tried at the hops of one row, falling; empty
-            where one row serves all hops, or nothing is pruned.
+            TRIED_RATES; of the layers that `first_layers_whole` leaves to prune.
+        budgets: `["vision" | "text"]`: mean rates of those layers tried at the hops of one row,
+            falling; empty where one row serves all hops, or nothing is pruned.
         hops: `["vision" | "text"][row][budget]`: the hops of one row at each of `budgets`, all
             other hops and the other modality at their targets; empty for a row that serves none.
     """
@@ -81,14 +82,20 @@ class RateFit:
         batches: list[dict[str, Any]],
         targets: Mapping[int, float],
     ) -> None:
-        self.model, self.routers, self.batches, self.targets = model, routers, batches, targets
+        self.model, self.routers, self.batches = model, routers, batches
+        first = controller.settings.first_whole
+        free = [layer >= first for layer in range(len(routers))]
+        # layers that are whole by rule are not measured: the others hold the targets
+        self.targets = {
+            kind: held_mean(target, free, [1] * len(free)) for kind, target in targets.items()
+        }
         with torch.no_grad(), dare_disabled(model):
             self._plain = [_predictions(model, batch) for batch in batches]
         hops = [_hops(controller, batch) for batch in batches]
         self._shares = [_shares(*pair) for pair in zip(batches, hops, strict=True)]
         self.weights = _row_weights(routers[0], batches, hops)
         self._rows = range(len(self.weights))
-        self._layers = range(len(routers))
+        self._layers = range(first, len(routers))
 
     def run(self) -> tuple[RateCosts, list[list[tuple[float, float]]]]:
         """Measure, and write; returns the costs and `[row][layer]` rates (vision, text)."""
@@ -107,13 +114,17 @@ class RateFit:
                 rates |= self._profile(kind, profile[kind](budget), [row])
         _set_rates(self.routers, rates)
         table = [
-            [(rates[row, layer, VISION], rates[row, layer, TEXT]) for layer in self._layers]
+            [
+                (rates.get((row, layer, VISION), 1.0), rates.get((row, layer, TEXT), 1.0))
+                for layer in range(len(self.routers))
+            ]
             for row in self._rows
         ]
         return RateCosts(self.weights, layers, budgets, hops), table
 
     def _profile(self, kind: int, rates: Sequence[float], rows: Iterable[int]) -> Profile:
-        return {(row, layer, kind): rates[layer] for row in rows for layer in self._layers}
+        layers = list(zip(self._layers, rates, strict=True))
+        return {(row, layer, kind): rate for row in rows for layer, rate in layers}
 
     def _layer_costs(self, kind: int) -> list[list[float]]:
         costs = []

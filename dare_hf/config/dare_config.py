@@ -39,13 +39,17 @@ _SAFE: dict[str, Any] = {
     "text_retention": 1.0,
     "plan_every": 4,
     "uniform_share": 0.25,
+    "recent_share": 0.75,
 }
 _OTHERWISE: dict[str, Any] = {
     "vision_retention": 0.4,
     "text_retention": 0.7,
     "plan_every": 1,
     "uniform_share": 0.0,
+    "recent_share": 0.0,
 }
+# What a file that does not name these fields was made with, before there were any.
+_BEFORE: dict[str, Any] = {"recent_tokens": 0, "recent_share": 0.0, "first_layers_whole": 0}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "safe": {"schedule": "safe", "scorer": "attention", "hop_decay": 1.0, **_SAFE},
@@ -58,6 +62,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hop_aware": True,
         "prefix_tokens": 2,
         "pruned": "bypass",
+        "first_layers_whole": 0,
+        "recent_tokens": 0,
+        "recent_share": 0.0,
         "normalize_input": False,
         "selector": "gumbel",
         "score_scaling": "multiply_training",
@@ -76,9 +83,10 @@ class DareConfig(PeftConfig):
     fields of `peft.PeftConfig` (task_type, base_model_name_or_path, inference_mode, ...) work as
     they do there.
 
-    Five fields have a default that depends on others: left unnamed they are resolved when the
+    Six fields have a default that depends on others: left unnamed they are resolved when the
     object is made, and anew when `dataclasses.replace` names another schedule or scorer. What is
-    read from a file is literal.
+    read from a file is literal; one that does not name `recent_tokens`, `recent_share` and
+    `first_layers_whole` is older than they are, and has 0 of each.
 
     Attributes:
         vision_retention: target share of vision tokens a layer works on, mean over layers, in
@@ -86,22 +94,29 @@ class DareConfig(PeftConfig):
             it; a fresh table starts from it and is trained towards it.
         text_retention: the same for text tokens; by default 1.0 under "safe", else 0.7.
         schedule: how the target spreads over layers: "safe" (vision 1 : 1/2 : 1/4 by thirds of the
-            depth; text even), "two_stage" (one rate up to cut_layer, a quarter of it behind, for
-            vision; even for text), "constant" (the target everywhere), "learned" (an adapter's
-            table), or one (vision, text) pair in (0, 1] for each layer. By default "safe", and
-            "two_stage" where the scorer is "router".
+            depth; text as "ramp"), "two_stage" (one rate up to cut_layer, a quarter of it behind,
+            for vision; even for text), "ramp" (linear in depth, falling), "constant" (the target
+            everywhere), "learned" (an adapter's table), or one (vision, text) pair in (0, 1] for
+            each layer. By default "safe", and "two_stage" where the scorer is "router".
         plan_every: layers that share one selection, >= 1; by default 4 under "safe", else 1.
         batch_budget: "row" gives each row of a batch its own token count; "equal" gives every row
             the batch's largest (no masks, but a row's result then depends on its batch).
         uniform_share: share of each image's budget that an even grid over it takes first, [0, 1];
             by default 0.25 under "safe", else 0.
+        recent_tokens: last text tokens of a span (a prompt, an injected text) that are kept
+            whatever their score, >= 0, as special tokens and image delimiters are; not from a
+            scorer of your own. With 0 a router keeps none of the three.
+        recent_share: share of each layer's text budget that the newest text takes before any score
+            decides, [0, 1]; by default 0.75 under "safe", else 0.
         cut_layer: last layer of two_stage's first stage: "auto" (half the depth), a layer index
             >= 0 or a fraction of the depth in (0, 1).
+        first_layers_whole: first decoder layers that keep everything, 0 to 1024; the others hold
+            the mean. "auto": 2 in models of 8 layers or more, but 0 under "constant" and a list.
         prefix_tokens: first tokens of every hop that are always kept, >= 0.
         pruned: what happens to a token that is not kept: "bypass" skips this layer and competes
             again in the next, "drop" is out for all deeper layers.
-        scorer: "attention", "router" (needs a trained adapter), "random", "key_norm", "position" or
-            a name given to register_scorer.
+        scorer: "attention", "router" (needs a trained adapter), "random", "key_norm", "position",
+            "recent" or a name given to register_scorer.
         hop_delimiters: what ends a hop of generated tokens: token ids >= 0, sequences of them, or
             strings (where a processor is given).
         hop_aware: rates per hop (True) or one row of rates for all hops.
@@ -152,7 +167,10 @@ class DareConfig(PeftConfig):
     plan_every: int = unnamed(_SAFE["plan_every"])
     batch_budget: BatchBudget = "row"
     uniform_share: float = unnamed(_SAFE["uniform_share"])
+    recent_tokens: int = 32
+    recent_share: float = unnamed(_SAFE["recent_share"])
     cut_layer: int | float | Literal["auto"] = "auto"
+    first_layers_whole: int | Literal["auto"] = "auto"
     prefix_tokens: int = 2
     pruned: Pruned = "bypass"
     scorer: str = "attention"
@@ -305,4 +323,4 @@ class DareConfig(PeftConfig):
                 f"{shown(', '.join(unknown))}. "
                 "It was written by a newer dare_hf or peft: upgrade, or remove them from the file."
             )
-        return cls(**kwargs)
+        return cls(**(_BEFORE | kwargs))

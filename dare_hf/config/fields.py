@@ -28,7 +28,7 @@ class DarePeftType(str, Enum):  # noqa: UP042 - as peft's own PeftType, whose st
 
 PEFT_TYPE = DarePeftType.DARE_ROUTER
 
-Schedule = Literal["safe", "two_stage", "constant", "learned"]
+Schedule = Literal["safe", "two_stage", "ramp", "constant", "learned"]
 BatchBudget = Literal["row", "equal"]
 Pruned = Literal["bypass", "drop"]
 HopScore = Literal["stored", "observed"]
@@ -82,6 +82,14 @@ def _cut_layer(name: str, value: Any) -> int | float | str:
     raise refuse(name, '"auto", a layer index >= 0 or a fraction of the depth in (0, 1)', value)
 
 
+def _first_layers_whole(name: str, value: Any) -> int | str:
+    if isinstance(value, str) and value == "auto":
+        return value
+    if isinstance(value, Integral) and not isinstance(value, bool) and 0 <= value <= MOST_LAYERS:
+        return int(value)
+    raise refuse(name, f'"auto" or an integer from 0 to {MOST_LAYERS}', value)
+
+
 def _delimiters(name: str, value: Any) -> tuple[int | tuple[int, ...] | str, ...]:
     if not isinstance(value, list | tuple):
         raise refuse(name, "a tuple of token ids, token-id sequences or strings", value)
@@ -106,6 +114,7 @@ def _task_type(name: str, value: Any) -> str:
 
 
 _rate = number("a number in (0, 1]", above=0, most=1)
+_share = number("a number in [0, 1]", least=0, most=1)
 _positive = number("a finite number > 0", above=0)
 _weight = number("a finite number >= 0", least=0)
 _count = integer("an integer >= 1", 1)
@@ -117,8 +126,11 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "schedule": _schedule,
     "plan_every": _count,
     "batch_budget": choice(BatchBudget),
-    "uniform_share": number("a number in [0, 1]", least=0, most=1),
+    "uniform_share": _share,
+    "recent_tokens": integer("an integer >= 0", 0),
+    "recent_share": _share,
     "cut_layer": _cut_layer,
+    "first_layers_whole": _first_layers_whole,
     "prefix_tokens": integer("an integer >= 0", 0),
     "pruned": choice(Pruned),
     "scorer": text("the name of a scorer"),

@@ -234,17 +234,15 @@ def hops(subject: Subject) -> None:
 def attention_scores(subject: Subject) -> None:
     """Law 2 with the training-free scorer: whatever it keeps, the logits are the oracle's.
 
-    Where a model sees no images, words in the middle are called vision: an untrained scorer keeps
-    all text of a prompt that has nothing else.
+    "safe" keeps all text, so there words in the middle are called vision where a model sees no
+    images.
     """
     batch = subject.batches["padded"]
-    called = {} if (batch.modality == 1).any() else {"modality_mask": _middle(batch.real)}
-    for config in (
-        DareConfig(
-            scorer="attention", schedule="constant", text_retention=0.9, decode_window=HOP_WINDOW
-        ),
-        DareConfig.preset("safe"),
-    ):
+    middle = {} if (batch.modality == 1).any() else {"modality_mask": _middle(batch.real)}
+    constant = DareConfig(
+        schedule="constant", text_retention=0.6, recent_tokens=3, decode_window=HOP_WINDOW
+    )
+    for config, called in ((constant, {}), (DareConfig.preset("safe"), middle)):
         what = f"law 2, attention scores, {config.schedule}"
         cache = DareCache()
         with subject.dare(config):

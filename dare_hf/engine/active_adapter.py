@@ -140,7 +140,9 @@ def rates_learned(logits: Sequence[Tensor], settings: Settings) -> RetentionTabl
         rates = torch.sigmoid(torch.stack(list(every)).float()).double().tolist()
     count = len(rates[0])
     by_hop = [[layer[rate_row(hop, count)] for layer in rates] for hop in range(count)]
-    table = learned_table(by_hop, plan_every=settings.config.plan_every)
+    table = learned_table(
+        by_hop, plan_every=settings.config.plan_every, first_whole=settings.first_whole
+    )
     return table.following(settings.sources)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dare_hf.routing.counts import kept_counts, span_budgets
-from dare_hf.routing.even_grid import even_grid
+from dare_hf.routing.first import taken_first
 from dare_hf.routing.kinds import TEXT, VISION
 from dare_hf.routing.selection import gather_index, keep_mask
 
@@ -171,15 +171,8 @@ class Planner:
         kept = list(map(kept_counts, rows, context.forced_counts, available))
         device = context.device
         wanted = torch.tensor(kept).to(device, non_blocking=True)
-        first = None
-        if self.config.uniform_share > 0:
-            first = even_grid(
-                context.modality,
-                candidates,
-                forced_mask,
-                wanted[:, VISION],
-                self.config.uniform_share,
-            )
+        shares = self.config.uniform_share, self.config.recent_share
+        first = taken_first(context.modality, candidates, forced_mask, wanted, *shares)
         largest = (max(k[TEXT] for k in kept), max(k[VISION] for k in kept))
         keep = keep_mask(
             scores, context.modality, candidates, forced_mask, wanted, largest, first=first

@@ -29,23 +29,32 @@ if TYPE_CHECKING:
     from dare_hf.hops.ledger import Ledger
     from dare_hf.report import DareReport
     from dare_hf.report.report import Phase
+    from dare_hf.routing.retention import RetentionTable
 
 logger = logging.get_logger("transformers.dare_hf")
 _EXCESS = (
-    "tokens that are always kept (first and last ones, special ones, the end of the text) go "
-    "beyond a layer's budget, or batch_budget is 'equal'"
+    "tokens that are always kept (first and last ones, special ones, image delimiters, the last "
+    "recent_tokens of the text) go beyond a layer's budget, or batch_budget is 'equal'"
 )
 
 _WITHOUT = ", except without a report (inside dare_disabled, or a training forward)"
 
 
-def _asked(settings: Settings) -> dict[int, tuple[str, float, float]]:
-    """By modality the name of its rate, what was named, and the mean of the table."""
-    if not settings.spreads:
-        return {}
-    names = {VISION: "vision_retention", TEXT: "text_retention"}
-    config, mean = settings.config, settings.table.mean
-    return {kind: (name, getattr(config, name), mean(kind)) for kind, name in names.items()}
+def _asked(settings: Settings, table: RetentionTable) -> dict[int, str]:
+    """By modality what was asked for: a named rate, or those of a list or an adapter."""
+    kinds = {VISION: "vision", TEXT: "text"}
+    if settings.spreads:
+        asked = {
+            kind: getattr(settings.config, f"{name}_retention") for kind, name in kinds.items()
+        }
+        names = {kind: f"{name}_retention" for kind, name in kinds.items()}
+    else:
+        asked = {kind: table.mean(kind) for kind in kinds}
+        names = {kind: f"{name} rates of the schedule" for kind, name in kinds.items()}
+    return {
+        kind: f"{names[kind]}: asked for a mean of {asked[kind]:.4g} over the layers"
+        for kind in kinds
+    }
 
 
 class Recorder:
@@ -87,7 +96,8 @@ class Recorder:
         self._counted: tuple[HeldCounts, list[list[int]]] | None = None
         for note in (*controller.notes, *controller.settings.notes):
             self.builder.note(note)
-        self._asked = _asked(controller.settings)
+        self._table = controller.table
+        self._asked = _asked(controller.settings, controller.table)
 
     @classmethod
     def of(
@@ -285,6 +295,8 @@ class Recorder:
         if context.span_ends is not None and not any(context.span_hop):
             self._record([0] * batch)
             self._note_excess()
+        elif context.span is not None and any(context.span_hop):
+            self._note_injected(context)
         if any(self._begun):
             self._record(self._begun)
             self._begun = []
@@ -296,15 +308,27 @@ class Recorder:
 
     def _note_excess(self) -> None:
         """Say where the prompt's layers kept more than was named, by over one token a row."""
-        for kind, (name, asked, mean) in self._asked.items():
+        for kind, what in self._asked.items():
             totals = [row[kind] for row in self._totals if row[kind]]
             ran = [self._held[self.sources[layer]] for layer in self._ran]
             kept = sum(row[kind] for held in ran for row in held) / len(ran)
-            if kept > mean * sum(totals) + len(totals):
-                what = f"{name}: asked for a mean of {asked:.4g} over the layers"
+            if kept > self._table.mean(kind) * sum(totals) + len(totals):
                 got = f"{kept / sum(totals):.4g} of the prompt ran"
                 self.builder.note(f"{what}; {got}, since {_EXCESS}")
                 logger.warning_once(f"{what}; more runs where {_EXCESS}: see the report's notes")
+
+    def _note_injected(self, context: ForwardContext) -> None:
+        """Say once where an injected span's layers kept more than their rates, likewise."""
+        for kind, what in self._asked.items():
+            rows = zip(context.span_hop, context.counts, strict=True)
+            allowed = sum(
+                self._table.mean(kind, hop) * counts[kind] + 1
+                for hop, counts in rows
+                if counts[kind]
+            )
+            plans = [context.plans[self.sources[layer]] for layer in context.plans]
+            if sum(row[kind] for plan in plans for row in plan.kept) / len(plans) > allowed:
+                self.builder.note(f"{what}; more of an injected span ran, since {_EXCESS}")
 
     def _record(self, hops: list[int]) -> None:
         first = not any(hops)

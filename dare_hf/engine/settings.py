@@ -20,6 +20,7 @@ from dare_hf.routing.retention import (
     RetentionTable,
     build_table,
     learned_table,
+    whole_layers,
 )
 from dare_hf.scoring.base import Scorer, make_scorer
 
@@ -46,6 +47,7 @@ class Settings:
         scorer: Who scores tokens.
         rules: What the configuration says about single tokens.
         sources: For each layer the one whose keys it reads, and that it follows.
+        first_whole: Of the layers that prune, how many first ones keep everything by rule.
         notes: Named rates that no table of this model can have, for reports.
     """
 
@@ -54,6 +56,7 @@ class Settings:
     scorer: Scorer
     rules: TokenRules
     sources: tuple[int, ...]
+    first_whole: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -114,8 +117,10 @@ def resolve(model: Any, config: DareConfig, anatomy: Anatomy, processor: Any = N
         check_ids("hop_delimiters", sequence, model_config, rows)
     scorer = make_scorer(config, (spec.pre_attention_norm, spec.key_projection))
     whole = [i for i, least in exempt_layers(anatomy).items() if not least]
-    table = rates_of(config, anatomy.sources, scorer, whole)
-    prunes_text = min(min(row) for row in table.text) < 1.0
+    first_whole = _first_whole(config, anatomy)
+    table = rates_of(config, anatomy.sources, scorer, whole, first_whole)
+    # what a learned table starts from says nothing of what it becomes
+    prunes_text = config.learns_rates or min(min(row) for row in table.text) < 1.0
     if prunes_text and scorer.untrained:
         _warn_text(config)
     vision = vision_token_ids(model_config, config.image_token_ids)
@@ -124,13 +129,41 @@ def resolve(model: Any, config: DareConfig, anatomy: Anatomy, processor: Any = N
         vision_ids=vision,
         keep_ids=tuple(sorted({*config.always_keep_token_ids, *audio})),
         protected_ids=special_token_ids(model_config, getattr(model, "generation_config", None)),
-        protect_text=prunes_text and scorer.untrained,
+        protect_text=prunes_text and _protects(scorer, config),
+        recent_tokens=config.recent_tokens,
         prefix=config.prefix_tokens,
         delimiters=delimiters,
         window=config.decode_window,
         type_ids=spec.type_ids,
     )
-    return Settings(config, table, scorer, rules, anatomy.sources, _missed(config, table))
+    notes = _missed(config, table)
+    return Settings(config, table, scorer, rules, anatomy.sources, first_whole, notes)
+
+
+def _protects(scorer: Scorer, config: DareConfig) -> bool:
+    """Whether special tokens, image delimiters and recent text are kept whatever the scores say.
+
+    A router with recent_tokens=0 prunes them too: so it was trained before there was protection.
+    """
+    return scorer.yields_text and (scorer.untrained or config.recent_tokens > 0)
+
+
+def _first_whole(config: DareConfig, anatomy: Anatomy) -> int:
+    """Of the layers that prune, those among the model's first that keep everything.
+
+    Raises:
+        DareConfigError: No layer is left that prunes.
+    """
+    depth = getattr(anatomy.text_config, "num_hidden_layers", len(anatomy.layers))
+    wanted = whole_layers(config.first_layers_whole, config.schedule, depth)
+    found = sum(slot < wanted for slot in anatomy.slots)
+    owners = len(set(anatomy.sources))
+    if found >= owners:
+        raise DareConfigError(
+            f'first_layers_whole: expected "auto" or an integer >= 0 that leaves a layer to prune; '
+            f"this model prunes its decoder layers {list(anatomy.slots[:owners])}; got {wanted}"
+        )
+    return found
 
 
 def exempt_layers(anatomy: Anatomy) -> dict[int, int]:
@@ -177,7 +210,11 @@ def _missed(config: DareConfig, table: RetentionTable) -> tuple[str, ...]:
 
 
 def rates_of(
-    config: DareConfig, sources: tuple[int, ...], scorer: Scorer, whole: Collection[int] = ()
+    config: DareConfig,
+    sources: tuple[int, ...],
+    scorer: Scorer,
+    whole: Collection[int] = (),
+    first_whole: int | None = None,
 ) -> RetentionTable:
     """The rates of a schedule; of "learned" those it starts from.
 
@@ -189,8 +226,12 @@ def rates_of(
         sources: For each layer the one whose keys it reads.
         scorer: Who scores tokens.
         whole: Layers that keep everything whatever the schedule.
+        first_whole: How many first ones keep everything by `first_layers_whole`; None where these
+            are all decoder layers the model has.
     """
     layers, owners = len(sources), len(set(sources))
+    if first_whole is None:
+        first_whole = whole_layers(config.first_layers_whole, config.schedule, layers)
     learns = config.learns_rates
     schedule = "two_stage" if learns else config.schedule
     if not isinstance(schedule, str) and len(schedule) == layers:
@@ -208,13 +249,14 @@ def rates_of(
         max_hops=config.max_hops if config.hop_aware else 1,
         hop_decay=config.hop_decay if config.hop_aware else 1.0,
         scorer_needs_history=scorer.needs_attention and not learns,
+        first_whole=first_whole,
         whole=() if learns else whole,
         runs=[sources.count(layer) for layer in range(owners)],
     )
     if learns:
         hops = zip(table.text, table.vision, strict=True)
         pairs = [list(zip(*rows, strict=True)) for rows in hops]
-        table = learned_table(pairs, plan_every=config.plan_every)
+        table = learned_table(pairs, plan_every=config.plan_every, first_whole=first_whole)
     return table.following(sources)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dare_hf.routing.kinds import PAD, TEXT
-from dare_hf.routing.selection import forced_tokens, image_borders, isin_ids, last_text_run
+from dare_hf.routing.selection import forced_tokens, image_borders, isin_ids, newest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,12 +21,13 @@ class TokenRules:
     Attributes:
         vision_ids: Sorted ids of vision tokens.
         keep_ids: Ids never pruned (`always_keep_token_ids`), sorted.
-        protected_ids: Ids of special text tokens an untrained scorer may not prune, sorted.
-        protect_text: Whether the scorer is untrained and text can be pruned at all.
+        protected_ids: Ids of special text tokens that are kept where text is protected, sorted.
+        protect_text: Whether special tokens, image delimiters and recent text are kept.
         prefix: Kappa, the first tokens of each hop that are always kept.
         delimiters: Hop delimiters as id sequences.
         window: Close a hop every this many sampled tokens; None never.
         type_ids: Names of the arguments whose values 1 and 2 mark image and video tokens.
+        recent_tokens: The last text tokens of a span that are kept where text is protected.
     """
 
     vision_ids: tuple[int, ...]
@@ -37,6 +38,7 @@ class TokenRules:
     delimiters: tuple[tuple[int, ...], ...]
     window: int | None
     type_ids: tuple[str, ...] = ("mm_token_type_ids", "token_type_ids")
+    recent_tokens: int = 0
 
     @property
     def closes_hops(self) -> bool:
@@ -62,7 +64,7 @@ def forced_of(
     forced = forced_tokens(span, prefix_tokens=rules.prefix, already=before, always=always)
     if rules.protect_text:
         only = torch.where(span, modality, PAD)
-        text = last_text_run(only) | image_borders(only)
+        text = newest(only == TEXT, rules.recent_tokens) | image_borders(only)
         if ids is not None and rules.protected_ids:
             text = text | isin_ids(ids, rules.protected_ids)
         forced = forced | (span & (modality == TEXT) & text)

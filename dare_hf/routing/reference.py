@@ -165,16 +165,36 @@ def hop_prefix_mask(valid: Tensor, hop: Tensor, n: int) -> Tensor:
     return found
 
 
-def last_text_run(modality: Tensor) -> Tensor:
-    """Walk back from the end: skip images and pads, then take text until the next image."""
-    found = torch.zeros_like(modality, dtype=torch.bool)
-    for row, kinds in enumerate(modality.tolist()):
-        begun = False
-        for column in reversed(range(len(kinds))):
-            if kinds[column] == TEXT:
-                found[row, column] = begun = True
-            elif kinds[column] == VISION and begun:
-                break
+def newest(valid: Tensor, count: int | Tensor) -> Tensor:
+    """Walk back from the end and take columns until there are enough."""
+    found = torch.zeros_like(valid)
+    for row in range(valid.shape[0]):
+        left = int(count) if isinstance(count, int) else int(count[row])
+        for column in reversed(range(valid.shape[1])):
+            if valid[row, column] and left > 0:
+                found[row, column] = True
+                left -= 1
+    return found
+
+
+def newest_text(
+    modality: Tensor, candidates: Tensor, forced: Tensor, text_budget: Tensor, share: float
+) -> Tensor:
+    """Walk back over the text: as many as the share gives, while forced ones leave room."""
+    found = torch.zeros_like(candidates)
+    for row in range(modality.shape[0]):
+        able = [
+            column
+            for column in range(modality.shape[1])
+            if candidates[row, column] and modality[row, column] == TEXT
+        ]
+        k = min(int(text_budget[row]), len(able))
+        quota = round(share * 1_000_000) * k // 1_000_000
+        room = k - sum(bool(forced[row, column]) for column in able)
+        for column in reversed(able[len(able) - quota :]):
+            if not forced[row, column] and room > 0:
+                found[row, column] = True
+                room -= 1
     return found
 
 
@@ -224,6 +244,12 @@ def random_scores(seed: int, layer: int, local_index: Tensor) -> Tensor:
 def position_scores(local_index: Tensor) -> Tensor:
     """``1 / (1 + i)``."""
     return torch.tensor([[1 / (1 + index) for index in row] for row in local_index.tolist()])
+
+
+def recent_scores(local_index: Tensor) -> Tensor:
+    """``i / 2**24``."""
+    rows = [[index / 2**24 for index in row] for row in local_index.tolist()]
+    return torch.tensor(rows).view(local_index.shape)
 
 
 def key_norm_scores(keys: Tensor) -> Tensor:

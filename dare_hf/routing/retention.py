@@ -17,11 +17,15 @@ SPREAD_SLACK = 1e-9
 LATE_SHARE = 0.25
 # What the thirds of the depth keep of what the first does, under safe.
 THIRDS = (1.0, 0.5, 0.25)
+# What the last layer keeps at least of what the first one does, under ramp.
+RAMP_END = 0.3
 # The attention scorer looks at the layer before, and that layer must have run its own attention
 # on every token once: these first layers have no score.
 UNSCORED_LAYERS = 2
+# What first_layers_whole="auto" keeps whole of a model of at least so many decoder layers.
+WHOLE_LAYERS, LEAST_DEPTH = 2, 8
 # The schedules that spread a target over the layers.
-NAMED = ("safe", "two_stage", "constant")
+NAMED = ("safe", "two_stage", "ramp", "constant")
 
 Row = tuple[float, ...]
 
@@ -106,6 +110,19 @@ def resolve_cut_layer(cut_layer: int | float | str, num_layers: int) -> int:
     )
 
 
+def whole_layers(first_layers_whole: int | str, schedule: object, depth: int) -> int:
+    """First decoder layers that keep everything, of a model of `depth` of them.
+
+    Law: "auto" is 2 in a model of at least 8, but 0 under "constant" and lists, which are literal.
+
+    Source: docs/method.md, section 3.
+    """
+    if isinstance(first_layers_whole, int):
+        return first_layers_whole
+    literal = schedule == "constant" or not isinstance(schedule, str)
+    return 0 if literal or depth < LEAST_DEPTH else WHOLE_LAYERS
+
+
 def build_table(
     num_layers: int,
     *,
@@ -118,18 +135,19 @@ def build_table(
     max_hops: int = 1,
     hop_decay: float = 1.0,
     scorer_needs_history: bool = False,
+    first_whole: int = 0,
     whole: Collection[int] = (),
     runs: Sequence[int] | None = None,
 ) -> RetentionTable:
     """The rates of every hop and layer: the schedule's, vision times ``decay^max(hop - 1, 0)``.
 
     Law: the mean over the layers is the target, or as near to it as rates in (0, 1] come beside
-    layers that keep everything ("constant" leaves the others at the target). Text never decays,
-    nor does a layer that keeps everything by rule.
+    layers that keep everything ("constant" leaves the others at the target beside `whole`). Text
+    never decays, nor does a layer that keeps everything by rule.
 
     Args:
         num_layers: decoder layers L.
-        schedule: "two_stage", "safe", "constant", or L pairs (vision, text).
+        schedule: "two_stage", "safe", "ramp", "constant", or L pairs (vision, text).
         vision_retention: target share of vision tokens in (0, 1]; a list does not read it.
         text_retention: target share of text tokens in (0, 1]; a list does not read it.
         cut_layer: last layer of the first stage of "two_stage"; see `resolve_cut_layer`.
@@ -141,6 +159,7 @@ def build_table(
         hop_decay: factor in (0, 1] per hop after hop 1, on vision only.
         scorer_needs_history: the scorer has no score in layers 0 and 1, so that "two_stage" and
             "safe" keep everything there.
+        first_whole: first layers that keep everything, under a list too.
         whole: layers that keep everything whatever the schedule; a list does not read it.
         runs: for each layer how many of the model's layers run at its rates; None: one each.
 
@@ -150,21 +169,30 @@ def build_table(
 
     Source: docs/method.md, section 3.
     """
-    free = [True] * num_layers
+    layers = range(num_layers)
+    free = [layer >= first_whole for layer in layers]
     if isinstance(schedule, str) and schedule in NAMED:
-        start = UNSCORED_LAYERS if scorer_needs_history and schedule != "constant" else 0
-        free = [layer >= start and layer not in whole for layer in range(num_layers)]
+        history = scorer_needs_history and schedule in ("safe", "two_stage")
+        start = max(first_whole, UNSCORED_LAYERS if history else 0)
+        free = [layer >= start and layer not in whole for layer in layers]
         runs = [1] * num_layers if runs is None else runs
-        weights = stage_weights(num_layers, schedule, cut_layer)
-        if shares_rates:
-            weights = [weights[layer - layer % plan_every] for layer in range(num_layers)]
         # "constant" is the target in every layer that can have it, whatever the others keep
-        beside = [True] * num_layers if schedule == "constant" else free
-        even = [1.0] * num_layers
-        vision = _kept_whole(spread(vision_retention, weights, beside, runs), free)
-        text = _kept_whole(spread(text_retention, even, beside, runs), free)
+        beside = [layer >= first_whole for layer in layers] if schedule == "constant" else free
+        plans = [plan_of(layer, plan_every, start) for layer in layers]
+        if schedule == "ramp":
+            vision = ramp(vision_retention, plans, free, runs)
+        else:
+            weights = stage_weights(num_layers, schedule, cut_layer)
+            if shares_rates:
+                weights = [weights[plan] for plan in plans]
+            vision = spread(vision_retention, weights, beside, runs)
+        if schedule in ("ramp", "safe"):
+            text = ramp(text_retention, plans, free, runs)
+        else:
+            text = spread(text_retention, [1.0] * num_layers, beside, runs)
     else:
         vision, text = _listed_rows(schedule, num_layers)
+    vision, text = (_kept_whole(row, free) for row in (vision, text))
     factors = [hop_decay ** max(hop - 1, 0) for hop in range(max_hops)]
     visions = tuple(_decayed(vision, free, factor) for factor in factors)
     return RetentionTable(
@@ -176,26 +204,77 @@ def build_table(
 
 
 def learned_table(
-    rates: Sequence[Sequence[Sequence[float]]], *, plan_every: int = 1
+    rates: Sequence[Sequence[Sequence[float]]], *, plan_every: int = 1, first_whole: int = 0
 ) -> RetentionTable:
     """The rates an adapter has learned, as a table.
 
-    A layer selects when its index is a multiple of `plan_every`; the others reuse that selection
-    and its rates, so their own rates are not read.
+    A layer selects when `plan_of` names itself; the others reuse that selection and its rates, so
+    their own rates are not read, nor are those of the first layers that keep everything.
 
     Args:
         rates: ``[hops][layers][text, vision]`` in [0, 1]; the last row serves all later hops.
         plan_every: layers that share one selection.
+        first_whole: first layers that keep everything.
 
     Source: docs/method.md, section 3.
     """
-    layers = range(len(rates[0]))
-    plans = tuple(layer - layer % plan_every for layer in layers)
+    plans = tuple(plan_of(layer, plan_every, first_whole) for layer in range(len(rates[0])))
+    free = tuple(layer >= first_whole for layer in range(len(plans)))
     visions, texts = (
-        tuple(tuple(_clamp(row[plan][kind]) for plan in plans) for row in rates)
+        tuple(_kept_whole(tuple(_clamp(row[plan][kind]) for plan in plans), free) for row in rates)
         for kind in (VISION, TEXT)
     )
-    return RetentionTable(visions, texts, plans, free_layers=(True,) * len(plans))
+    return RetentionTable(visions, texts, plans, free)
+
+
+def plan_of(layer: int, plan_every: int, first_whole: int) -> int:
+    """The layer whose selection a layer uses: every n-th selects, and the first after whole ones.
+
+    Source: docs/method.md, section 3 (plan_every).
+    """
+    plan = layer - layer % plan_every
+    return plan if layer < first_whole else max(plan, first_whole)
+
+
+def held_mean(target: float, free: Sequence[bool], runs: Sequence[int]) -> float:
+    """The mean that the free layers must have for the target over all; <= 0 where nothing is left.
+
+    Args:
+        target: mean rate over all layers, in (0, 1].
+        free: [layers] False where a layer keeps everything; at least one is free.
+        runs: [layers] how many layers of the model run at its rates.
+    """
+    mine = sum(n for n, is_free in zip(runs, free, strict=True) if is_free)
+    return (target * sum(runs) - (sum(runs) - mine)) / mine
+
+
+def ramp(target: float, plans: Sequence[int], free: Sequence[bool], runs: Sequence[int]) -> Row:
+    """Rates that fall linearly with depth, of mean `target`, as steep as rates in (0, 1] allow.
+
+    The first free layer has at most 1, the last one at least 0.3 of it (`RAMP_END`). Where nothing
+    is left for the free layers they keep one token.
+
+    Args:
+        target: mean rate over all layers, in (0, 1].
+        plans: [layers] the layer whose depth counts, so that layers of one plan have one rate.
+        free: [layers] False where a layer keeps everything.
+        runs: [layers] how many layers of the model run at its rates.
+
+    Source: docs/method.md, section 3 (ramp).
+    """
+    rest = [layer for layer, is_free in enumerate(free) if is_free]
+    if not rest:
+        return (1.0,) * len(free)
+    mean = held_mean(target, free, runs)
+    first, last = plans[rest[0]], plans[rest[-1]]
+    depth = [(plan - first) / max(last - first, 1) for plan in plans]
+    middle = sum(runs[layer] * depth[layer] for layer in rest) / sum(runs[layer] for layer in rest)
+    top = min(mean / (1 - (1 - RAMP_END) * middle), 1.0)
+    slope = (top - mean) / middle if middle else 0.0
+    top = top if middle else mean
+    return tuple(
+        _clamp(top - slope * depth[layer]) if is_free else 1.0 for layer, is_free in enumerate(free)
+    )
 
 
 def stage_weights(num_layers: int, schedule: str, cut_layer: int | float | str) -> list[float]:
@@ -258,7 +337,7 @@ def _listed_rows(schedule: str | Sequence[Sequence[float]], num_layers: int) -> 
         )
     if isinstance(schedule, str):
         raise DareConfigError(
-            f'schedule must be "two_stage", "safe", "constant", "learned" or pairs, '
+            f'schedule must be "two_stage", "safe", "ramp", "constant", "learned" or pairs, '
             f"got {schedule!r}."
         )
     if len(schedule) != num_layers:

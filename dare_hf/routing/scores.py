@@ -103,6 +103,14 @@ def position_scores(local_index: Int[Tensor, "batch tokens"]) -> Float[Tensor, "
     return 1.0 / (1.0 + local_index.clamp(min=0).float())
 
 
+def recent_scores(local_index: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens"]:
+    """``i / 2**24`` of the row-local index i, exact: keeps the last k (a baseline).
+
+    Source: docs/method.md, section 2.
+    """
+    return local_index.clamp(0, 2**24 - 1).float() / 2**24
+
+
 def key_norm_scores(
     keys: Float[Tensor, "batch heads tokens dim"], mean: HeadMean = local_mean
 ) -> Float[Tensor, "batch tokens"]:

@@ -1,6 +1,7 @@
 """Selection: which columns each row keeps. Deterministic, and without a host sync anywhere."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -196,20 +197,16 @@ def hop_prefix_mask(
 
 def last_valid(valid: Bool[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
     """The last valid column of each row; none where the row has none."""
-    count = valid.cumsum(1)
-    return valid & (count == count[:, -1:])
+    return newest(valid, 1)
 
 
-def last_text_run(modality: Int[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
-    """The last run of text of each row (pads skipped), also where an image follows it.
+def newest(valid: Bool[Tensor, "batch tokens"], count: Any) -> Bool[Tensor, "batch tokens"]:
+    """The last `count` valid columns of each row, one number for all rows or Int[batch, 1].
 
-    Source: docs/method.md, section 2 (question and generation header).
+    Source: docs/method.md, section 2 (recent_tokens, recent_share).
     """
-    text = modality == TEXT
-    images = (modality == VISION).cumsum(1)
-    if modality.shape[1] == 0:
-        return text
-    return text & (images == torch.where(text, images, -1).amax(1, keepdim=True))
+    rank = valid.cumsum(1)
+    return valid & (rank > rank[:, -1:] - count)
 
 
 def image_borders(modality: Int[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:

@@ -26,6 +26,7 @@ class AttentionScorer:
 
     key_path: tuple[str | None, str]
     untrained: bool = True
+    yields_text: bool = True
     needs_attention: bool = True
 
     def scores(

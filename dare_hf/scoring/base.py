@@ -9,7 +9,7 @@ import torch
 
 from dare_hf.errors import DareConfigError, DareInputError
 from dare_hf.scoring.attention import AttentionScorer
-from dare_hf.scoring.baselines import PositionScorer, RandomScorer
+from dare_hf.scoring.baselines import PositionScorer, RandomScorer, RecentScorer
 from dare_hf.scoring.key_norm import KeyNormScorer
 from dare_hf.scoring.router import RouterScorer
 
@@ -24,19 +24,23 @@ if TYPE_CHECKING:
     ScoreFunction = Callable[..., Tensor]
 
 _REGISTERED: dict[str, ScoreFunction] = {}
-BUILT_IN = ("attention", "random", "key_norm", "position", "router")
+BUILT_IN = ("attention", "random", "key_norm", "position", "recent", "router")
 
 
 class Scorer(Protocol):
     """Scores the new tokens of a forward before a layer runs.
 
-    Text that structures the prompt is protected from an `untrained` one; one that
-    `needs_attention` reads the previous layer's.
+    One that `needs_attention` reads the previous layer's. Text that structures the prompt, and the
+    newest, are kept from all that yield (`yields_text`); a user's own decides alone.
     """
 
     @property
     def untrained(self) -> bool:
         """Whether nothing was learned."""
+
+    @property
+    def yields_text(self) -> bool:
+        """Whether special tokens, image delimiters and recent text are kept whatever it says."""
 
     @property
     def needs_attention(self) -> bool:
@@ -88,6 +92,8 @@ def make_scorer(config: DareConfig, key_path: tuple[str | None, str]) -> Scorer:
         return KeyNormScorer(key_path)
     if name == "position":
         return PositionScorer()
+    if name == "recent":
+        return RecentScorer()
     if name == "router":
         return RouterScorer()
     return _registered(name)
@@ -107,6 +113,7 @@ class FunctionScorer:
     name: str
     fn: ScoreFunction
     untrained: bool = False
+    yields_text: bool = False
     needs_attention: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dare_hf.routing.scores import position_scores, random_scores
+from dare_hf.routing.scores import position_scores, random_scores, recent_scores
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,6 +19,7 @@ class RandomScorer:
 
     seed: int
     untrained: bool = True
+    yields_text: bool = True
     needs_attention: bool = False
 
     def scores(
@@ -33,6 +34,7 @@ class PositionScorer:
     """Earlier tokens first: a baseline."""
 
     untrained: bool = True
+    yields_text: bool = True
     needs_attention: bool = False
 
     def scores(
@@ -40,3 +42,18 @@ class PositionScorer:
     ) -> Tensor:
         """Float32[B, S] in (0, 1]."""
         return position_scores(context.local_index())
+
+
+@dataclass(frozen=True)
+class RecentScorer:
+    """Newer tokens first: a baseline, and the one to beat on plain text."""
+
+    untrained: bool = True
+    yields_text: bool = True
+    needs_attention: bool = False
+
+    def scores(
+        self, context: ForwardContext, layer: nn.Module, index: int, hidden: Tensor
+    ) -> Tensor:
+        """Float32[B, S] in [0, 1)."""
+        return recent_scores(context.local_index())

@@ -44,6 +44,6 @@ class ScoringCost:
             return sum(attention_scorer_flops(shape, min(WINDOW, q), n) for q, n in rows)
         if self.scorer in ("attention", "key_norm"):
             return key_norm_scorer_flops(self.shapes[layer], self.hidden, tokens)
-        if self.scorer in ("random", "position"):
+        if self.scorer in ("random", "position", "recent"):
             return 0
         return router_flops(self.hidden, tokens)

@@ -21,6 +21,7 @@ class KeyNormScorer:
 
     key_path: tuple[str | None, str]
     untrained: bool = True
+    yields_text: bool = True
     needs_attention: bool = False
 
     def scores(

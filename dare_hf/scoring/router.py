@@ -21,6 +21,7 @@ class RouterScorer:
     """The active adapter's routers (method page, "Scores"); without gradients."""
 
     untrained: bool = False
+    yields_text: bool = True
     needs_attention: bool = False
 
     def scores(

@@ -10,7 +10,7 @@ import torch
 from dare_hf.cache import TokenLog
 from dare_hf.hops.eviction import HopPruner, StoredTokens, never_thins
 from dare_hf.routing import gates
-from dare_hf.routing.even_grid import even_grid
+from dare_hf.routing.first import taken_first
 from dare_hf.routing.kinds import PAD, TEXT, VISION
 from dare_hf.routing.losses import group_means
 from dare_hf.routing.retention import budget
@@ -257,11 +257,9 @@ class Simulation:
         context = self.context
         _, forced = context.span_and_forced()
         wanted = torch.tensor(rows).to(context.device, non_blocking=True)
-        first = None
-        if self.config.uniform_share > 0:
-            modality = context.modality.masked_fill(~span, PAD)
-            share = self.config.uniform_share
-            first = even_grid(modality, candidates, forced, wanted[:, VISION], share)
+        modality = context.modality.masked_fill(~span, PAD)
+        shares = self.config.uniform_share, self.config.recent_share
+        first = taken_first(modality, candidates, forced, wanted, *shares)
         largest = (max(row[TEXT] for row in rows), max(row[VISION] for row in rows))
         return keep_mask(ranked, context.modality, candidates, forced, wanted, largest, first=first)
 
@@ -308,7 +306,9 @@ class Simulation:
             return self.table.rate(hop, index, modality)
         source = self.table.plan_layers[index]  # whose rates the table gives the layers it serves
         router = self.routers[source]
-        return router.rates()[router.rate_row(hop), modality].to(self.context.device)
+        rate = router.rates()[router.rate_row(hop), modality].to(self.context.device)
+        # of a layer that is whole by rule the parameter takes part alone, as DDP asks of each
+        return rate if self.table.free_layers[source] else 1.0 + 0.0 * rate
 
     def _note(self, index: int, scores: Tensor) -> None:
         """Take down what the auxiliary losses need of a layer's scores."""

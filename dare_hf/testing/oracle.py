@@ -45,6 +45,10 @@ class OracleRouting:
         always_keep: Token ids that are always kept.
         pruned: ``"bypass"`` or ``"drop"``.
         batch_budget: ``"row"`` or ``"equal"``.
+        recent_tokens: The last text tokens of a span that are kept, beside image delimiters and
+            `special_ids`; None where text is not protected.
+        special_ids: Ids of special text tokens.
+        recent_share: Share of a text budget that goes to the newest text.
     """
 
     rates: Sequence[tuple[float, float]]
@@ -54,6 +58,9 @@ class OracleRouting:
     always_keep: tuple[int, ...] = ()
     pruned: str = "bypass"
     batch_budget: str = "row"
+    recent_tokens: int | None = None
+    special_ids: tuple[int, ...] = ()
+    recent_share: float = 0.0
 
 
 class OracleRun(NamedTuple):
@@ -201,8 +208,12 @@ class _Chooser:
         if self.routing.pruned == "drop" and self.keeps:
             candidates = candidates & self.keeps[-1][:, : self.span]
         keep = self.modality != PAD  # sampled tokens run every layer
+        forced, budgets = self._forced(), self._budgets(layer)
+        newest = reference.newest_text(
+            modality, candidates, forced, budgets[:, TEXT], self.routing.recent_share
+        )
         keep[:, : self.span] = reference.keep_mask(
-            scores.float(), modality, candidates, self._forced(), self._budgets(layer)
+            scores.float(), modality, candidates, forced, budgets, first=newest
         )
         return keep
 
@@ -216,7 +227,17 @@ class _Chooser:
             for column in real:
                 if int(self.ids[row, column]) in self.routing.always_keep:
                     forced[row, column] = True
-        return forced
+        recent = self.routing.recent_tokens
+        return forced if recent is None else forced | self._protected(modality, recent)
+
+    def _protected(self, modality: Tensor, recent: int) -> Tensor:
+        """Bool[B, S]: image delimiters, special tokens and the last text."""
+        protected = reference.image_borders(modality)
+        for row, kinds in enumerate(modality.tolist()):
+            text = [column for column, kind in enumerate(kinds) if kind == TEXT]
+            special = [c for c in text if int(self.ids[row, c]) in self.routing.special_ids]
+            protected[row, [*special, *text[max(len(text) - recent, 0) :]]] = True
+        return protected
 
     def _budgets(self, layer: int) -> Tensor:
         modality, (vision, text) = self.modality[:, : self.span], self.routing.rates[layer]

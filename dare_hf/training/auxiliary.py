@@ -10,7 +10,7 @@ from dare_hf.engine.attach import state_of
 from dare_hf.errors import DareStateError
 from dare_hf.routing.kinds import TEXT, VISION
 from dare_hf.routing.losses import hard_loss, rate_loss
-from dare_hf.routing.retention import resolve_cut_layer
+from dare_hf.routing.retention import held_mean, resolve_cut_layer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,16 +46,26 @@ def auxiliary_loss(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
         )
     config = controller.config
     cut = resolve_cut_layer(config.cut_layer, len(set(controller.anatomy.sources)))
-    early = torch.tensor([index <= cut for index in record.layers], device=record.seen.device)
-    rates, means = torch.stack(record.rates), torch.stack(record.means)
+    # layers that are whole by rule have no rate to learn: the others hold the targets
+    free = controller.table.free_layers
+    mine = [place for place, index in enumerate(record.layers) if free[index]]
+    layers = [record.layers[place] for place in mine]
+    early = torch.tensor([index <= cut for index in layers], device=record.seen.device)
+    rates, means, excess = (
+        torch.stack([part[place] for place in mine])
+        for part in (record.rates, record.means, record.excess)
+    )
     text, vision = record.seen[..., TEXT], record.seen[..., VISION]
+    asked = {TEXT: config.text_retention, VISION: config.vision_retention}
+    held = {kind: held_mean(rate, free, [1] * len(free)) for kind, rate in asked.items()}
+    targets = {kind: max(rate, 0.0) for kind, rate in held.items()}
     summed = config.loss_reduction == "sum"
     ratio = rate_loss(
         rates[..., TEXT],
         means[..., TEXT],
         record.present,
         text,
-        config.text_retention,
+        targets[TEXT],
         per_rate=True,
         summed=summed,
     )
@@ -64,11 +74,11 @@ def auxiliary_loss(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
         means[..., VISION],
         record.present,
         vision,
-        config.vision_retention,
+        targets[VISION],
         per_rate=config.ratio == "per_rate",
         summed=summed,
     )
-    hard = hard_loss(torch.stack(record.excess), vision, early, config.mu, summed)
+    hard = hard_loss(excess, vision, early, config.mu, summed)
     parts = {
         "ratio_text": config.lambda_ratio * ratio,
         "soft_vision": config.lambda_soft * soft,
