@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dare_hf.api import apply_dare, dare_applied, dare_disabled, last_report, remove_dare
     from dare_hf.cache import DareCache
+    from dare_hf.compression import compress_context
     from dare_hf.config import DareConfig
     from dare_hf.expected import HopTokens, expected_kv_bytes
     from dare_hf.report import DareReport
@@ -22,6 +23,7 @@ _HOMES = {
     "DareReport": "report",
     "HopTokens": "expected",
     "apply_dare": "api",
+    "compress_context": "compression",
     "dare_applied": "api",
     "dare_disabled": "api",
     "expected_kv_bytes": "expected",
@@ -36,6 +38,7 @@ __all__ = [
     "DareReport",
     "HopTokens",
     "apply_dare",
+    "compress_context",
     "dare_applied",
     "dare_disabled",
     "expected_kv_bytes",

@@ -127,13 +127,15 @@ class Controller(Configured):
 
     def is_exempt(self, layer: int, context: ForwardContext) -> bool:
         """Whether a layer keeps everything whatever its rate, at the length reached so far."""
+        if self._local.whole:
+            return True
         least = self.exempt.get(layer)
         return least is not None and context.past + context.length >= least
 
     def captures(self, layer: int, context: ForwardContext) -> bool:
         """Whether the attention of `layer` is needed to score the layer after it."""
         after = layer + 1
-        if not self.scorer.needs_attention or context.span is None:
+        if not self.scorer.needs_attention or context.span is None or self._local.whole:
             return False
         if after >= len(self.anatomy.layers) or self.table.plan_layers[after] != after:
             return False
@@ -302,7 +304,7 @@ class Controller(Configured):
             return
         recorder = entry.recorder
         assert recorder is not None
-        ended = context.span_ends is not None and not any(context.sampled)
+        ended = not self._local.whole and context.span_ends is not None and not any(context.sampled)
         left: list[Compaction] = []
         with nullcontext() if cache is None else cache.all_or_nothing():
             close_context(context, entry.kwargs, self.rules)

@@ -97,7 +97,8 @@ class Recorder:
         for note in (*controller.notes, *controller.settings.notes):
             self.builder.note(note)
         self._table = controller.table
-        self._asked = _asked(controller.settings, controller.table)
+        whole = controller._local.whole
+        self._asked = {} if whole else _asked(controller.settings, controller.table)
 
     @classmethod
     def of(

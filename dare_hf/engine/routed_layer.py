@@ -61,7 +61,7 @@ class LayerState:
     @property
     def watching(self) -> bool:
         """Whether the attention that runs now is to be read."""
-        return self._watched() is not None
+        return self._watched() is not None or self.controller._local.listener is not None
 
     def before_attention(self, tensors: tuple[Tensor, Tensor, Tensor], call: AttentionCall) -> Any:
         """The mask this layer's attention shall use; called by its attention function."""
@@ -80,6 +80,8 @@ class LayerState:
             push_next(context.cache.layer(self.index), tensors[0], context.past, call)
             return
         if context is None or context.columns is None:
+            if (listener := self.controller._local.listener) is not None:
+                listener(self.source, tensors, call)
             return
         with torch.no_grad():
             if self.controller.captures(self.index, context):

@@ -9,7 +9,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from dare_hf.engine.recorder import Recorder
     from dare_hf.forward.facts import ForwardContext
     from dare_hf.forward.generation_call import GenerationCall
+    from dare_hf.scoring.observe import AttentionCall
     from dare_hf.simulation import SimulationRecord
+
+    Listener = Callable[[int, tuple[Tensor, Tensor, Tensor], AttentionCall], None]
 
 
 class OpenForward(NamedTuple):
@@ -38,6 +41,10 @@ class ThreadState(threading.local):
         self.contexts: list[OpenForward] = []
         self.calls: list[GenerationCall] = []
         self.disabled = 0
+        # Blocks inside which every layer keeps everything (`engine/repetition.py`), and who hears
+        # the attentions of plain forwards.
+        self.whole = 0
+        self.listener: Listener | None = None
         self.instead: InUse | None = None
         self.lesson: dict[str, Any] = {}
         self.record: SimulationRecord | None = None

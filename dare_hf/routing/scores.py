@@ -176,6 +176,36 @@ def attention_scores(
     return raw / usual.clamp(min=torch.finfo(raw.dtype).tiny)
 
 
+def squared_attention(
+    query: Float[Tensor, "batch heads queries dim"],
+    key: Float[Tensor, "batch kv_heads stored dim"],
+    visible: Bool[Tensor, "batch _ queries stored"],
+    query_valid: Bool[Tensor, "batch queries"],
+    rules: Softmax,
+) -> Float[Tensor, "batch heads stored"]:
+    """``sum over queries of p^2``, p the share of attention a key gets from a query, by head.
+
+    0 for a key that no valid query sees. Peak memory: heads x queries x stored.
+
+    Args:
+        query: post-rotary queries, heads grouped by kv head as in grouped-query attention.
+        key: post-rotary keys.
+        visible: which key each query sees; one head for all, or all.
+        query_valid: queries that count.
+        rules: what becomes of queries and keys.
+
+    Source: docs/method.md, section 5 (reconstruction).
+    """
+    batch, heads, queries, dim = query.shape
+    kv_heads, stored = key.shape[1], key.shape[2]
+    seen = visible & query_valid[:, None, :, None]
+    with torch.autocast(query.device.type, enabled=False):
+        grouped = _wide(query).reshape(batch, kv_heads, -1, dim)
+        products = (grouped @ _wide(key).transpose(-1, -2)).view(batch, heads, queries, stored)
+    # A query that sees nothing has only -inf: softmax gives NaN there, and no share.
+    return rules.probabilities(products, seen).masked_fill_(~seen, 0.0).square_().sum(2)
+
+
 def _wide(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 

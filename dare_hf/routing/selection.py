@@ -121,6 +121,31 @@ def capped_keep(
     return keep_mask(scores, one_kind, keep, must, wanted, (cap, 0))
 
 
+def shared_keep(
+    scores: Float[Tensor, "batch layers stored"],
+    candidates: Bool[Tensor, "batch layers stored"],
+    forced: Bool[Tensor, "batch layers stored"],
+    budgets: Sequence[int],
+) -> Bool[Tensor, "batch layers stored"]:
+    """What stays when all layers share one budget: one threshold, unequal counts by layer.
+
+    `keep_mask` over all layers at once; ties go to the lower layer, then to the earlier column.
+
+    Args:
+        scores: score of each stored column; those of different layers are compared.
+        candidates: columns that may stay.
+        forced: columns that must stay where they are candidates.
+        budgets: per row, tokens to keep over all layers.
+
+    Source: docs/method.md, section 5 (reconstruction).
+    """
+    flat = scores.flatten(1)
+    kinds = torch.zeros_like(flat, dtype=torch.int8)
+    wanted = torch.tensor([[budget, 0] for budget in budgets]).to(flat.device, non_blocking=True)
+    able, must = candidates.flatten(1), forced.flatten(1)
+    return keep_mask(flat, kinds, able, must, wanted, (max(budgets), 0)).view_as(candidates)
+
+
 def gather_index(
     keep: Bool[Tensor, "batch tokens"], width: int
 ) -> tuple[Int[Tensor, "batch width"], Bool[Tensor, "batch width"]]:
