@@ -23,8 +23,8 @@ import torch
 from safetensors.torch import load_file
 
 from dare_hf.evaluation import compare_paired
+from dare_hf.evaluation.intervals import wilson
 from dare_hf.routing.retention import resolve_cut_layer
-from dare_hf.tasks.mvot import wilson
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -51,8 +51,23 @@ def continued(
     output = model.generate(**result, **settings)
     sequences = getattr(output, "sequences", output)
     new = sequences[:, ids.shape[1] :]
-    live = _until_end(model, new)
-    result["input_ids"] = sequences
+    return extended(result, new, until_end(model, new))
+
+
+def extended(batch: Mapping[str, Any], new: Tensor, live: Tensor) -> dict[str, Any]:
+    """A batch of prompts with what follows them.
+
+    Args:
+        batch: Inputs of generate, with their mask.
+        new: Long[B, n] tokens behind the prompts.
+        live: Bool[B, n] which of them are there; False only behind a row's end.
+
+    Returns:
+        The inputs with `input_ids` [B, S + n], `attention_mask` and `labels`: -100 on the prompt
+        and where nothing is there.
+    """
+    result, ids, mask = dict(batch), batch["input_ids"], batch["attention_mask"]
+    result["input_ids"] = torch.cat([ids, new], dim=1)
     result["attention_mask"] = torch.cat([mask, live.to(mask)], dim=1)
     result["labels"] = torch.cat([torch.full_like(ids, -100), new.masked_fill(~live, -100)], dim=1)
     for name in _PER_TOKEN:
@@ -62,7 +77,7 @@ def continued(
     return result
 
 
-def _until_end(model: Any, new: Tensor) -> Tensor:
+def until_end(model: Any, new: Tensor) -> Tensor:
     """Bool[B, n]: sampled tokens up to a row's end token, that one included."""
     end = model.generation_config.eos_token_id
     ends = [] if end is None else [end] if isinstance(end, int) else list(end)

@@ -58,8 +58,12 @@ class ReportTotals:
     def flops_ratios(self) -> dict[str, float]:
         """FLOPs by phase, and of "all", as shares of those without pruning."""
         ratios = {phase: self.flops[phase] / self.flops_baseline[phase] for phase in PHASES}
-        ratios["all"] = sum(self.flops.values()) / sum(self.flops_baseline.values())
-        return ratios
+        return ratios | {"all": self.flops_ratio}
+
+    @property
+    def flops_ratio(self) -> float:
+        """FLOPs of both phases as a share of those without pruning."""
+        return sum(self.flops.values()) / sum(self.flops_baseline.values())
 
     @property
     def kv_ratio(self) -> float:

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, Subset
 
 from dare_hf.errors import DareInputError
 from dare_hf.tasks import frozen_lake, ghost, maze, scene, teaching
+from dare_hf.tuning.rows import check_picture
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -105,22 +106,8 @@ def _row(line: bytes, number: int, path: Any) -> dict[str, Any]:
             f"{line[:80]!r}"
         )
     for name in images:
-        _check_picture(Path(path).parent / name, number, path)
+        check_picture(Path(path).parent / name, f"line {number} of {path}")
     return {"images": images, "prompt": prompt, "response": response}
-
-
-def _check_picture(file: Path, number: int, path: Any) -> None:
-    """Refuse what is no picture; reads its beginning only."""
-    from PIL import Image
-
-    try:
-        with Image.open(file):
-            return
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DareInputError(
-            f"data: expected a picture for each path in line {number} of {path}; got "
-            f"{str(file)[:200]!r} ({str(error)[:200]})"
-        ) from error
 
 
 class ResponseCollator:

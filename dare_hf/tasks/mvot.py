@@ -16,7 +16,7 @@ cells (walls, letter, red point, outside) is what the replayed state has there.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import nan, sqrt
+from math import nan
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from dare_hf.errors import DareInputError
+from dare_hf.evaluation.intervals import wilson
 from dare_hf.generation.interleaved import (
     WholeImageLogitsProcessor,
     allow_image_tokens,
@@ -368,11 +369,3 @@ def score(solutions: Sequence[Solution]) -> Score:
         images_right=sum(flags) / len(flags) if flags else nan,
         images=len(flags),
     )
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a share over n trials."""
-    z = 1.96
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)

@@ -14,9 +14,10 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from dare_hf import DareConfig, apply_dare, remove_dare
 from dare_hf.errors import DareInputError
+from dare_hf.evaluation.intervals import wilson
 from dare_hf.generation import BoxRefocus, HopLoop
 from dare_hf.generation.boxes import Box, parse_box
-from dare_hf.tasks.mvot import ANSWER, BatchOutput, wilson
+from dare_hf.tasks.mvot import ANSWER, BatchOutput
 from dare_hf.tasks.scene import MAX_RELATIONS, SceneItem
 from dare_hf.tasks.scene_render import scene_to_image
 

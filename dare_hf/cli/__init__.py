@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dare_hf.errors import DareError, UnsupportedModelError
+from dare_hf.cli import on_rows
+from dare_hf.cli.console import REFUSED, AsJson, one_line_errors, progress
+from dare_hf.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from dare_hf.demo.runner import Runner
 
 app = typer.Typer(
@@ -26,7 +25,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-REFUSED = 2  # exit code of everything that was refused with a reason
 
 
 class DemoModel(StrEnum):
@@ -50,41 +48,10 @@ class Split(StrEnum):
     hard = "hard"
 
 
-# Options that several commands have.
 Embedded = Annotated[DemoModel, typer.Option(help="Embedded model.")]
 BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Items of a generate call; by default at most 100.")
 ]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="One JSON line on stdout, all else on stderr.")
-]
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except DareError as error:
-        typer.echo(f"dare-hf: {error}", err=True)
-        raise typer.Exit(REFUSED) from error
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar per side on stderr; yields what takes (side, done, total)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description:5}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bars:
-        tasks: dict[str, object] = {}
-
-        def tell(side: str, done: int, total: int) -> None:
-            if side not in tasks:
-                tasks[side] = bars.add_task(side, total=total)
-            bars.update(tasks[side], completed=done)  # ty: ignore[invalid-argument-type]
-
-        yield tell
 
 
 def _embedded(name: str) -> Runner:
@@ -127,7 +94,7 @@ def demo(
     The full side is the plain model, without LoRA. The DARE side has the shipped adapter on it:
     trained routers and the LoRA that was trained with them. Everything runs offline on the CPU.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from rich.console import Console
 
         from dare_hf.demo import arms, comparison, picture, rates_picture
@@ -145,7 +112,7 @@ def demo(
             training_free=training_free,
             safe=safe,
         )
-        with _progress() as tell:
+        with progress() as tell:
             result = comparison.compare(runner, items, arm, batch_size=batch_size, progress=tell)
         title = f"{runner.folder}: {n} held-out {runner.items} ({split} split, seed {seed})"
         console.print(comparison.table(result, title, runner.detail))
@@ -167,7 +134,25 @@ def demo(
 
 @app.command("eval")
 def evaluate(
-    model: Embedded = DemoModel.anole,
+    model: Annotated[
+        str, typer.Option(help="Embedded model; with --data any folder or hub id.")
+    ] = DemoModel.anole,
+    data: Annotated[
+        Path | None, typer.Option(help="Your own rows, one JSON object a line, and no task.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Of --data: exact (default), choice, regex, likelihood.")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="Of --data: a preset, an adapter, a folder of `tune`.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Of --data: a line a row; a killed run goes on behind it.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of --data: most tokens of an answer (64).")
+    ] = None,
+    load_in_4bit: Annotated[bool, typer.Option(help="Of --data: the backbone in nf4.")] = False,
     task: Annotated[
         str | None, typer.Option(help="maze (default of anole), frozen_lake, ghost; scene.")
     ] = None,
@@ -190,24 +175,55 @@ def evaluate(
     batch_size: BatchSize = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure an embedded model on held-out items of a task, pruned in one way or not at all.
+    """Measure a model on your rows, or an embedded one on held-out items of a task.
 
-    Accuracy with its 95 % Wilson interval, answers that do not parse, FLOPs and KV bytes as shares
-    of the same tokens' unpruned, what was held of text and vision when each hop began, seconds.
-    Without --adapter, --training-free or --safe nothing is pruned. In the JSON line, "right" has a
-    1 or 0 for each item, to compare runs item by item.
+    --data ROWS: each row is answered greedily and scored: the share right with its interval, FLOPs
+    and KV bytes as shares of the same tokens' unpruned, seconds. Without --config nothing is
+    pruned.
+
+    Else: accuracy with its 95 % Wilson interval, answers that do not parse, FLOPs and KV bytes as
+    shares of the same tokens' unpruned, what was held of text and vision when each hop began,
+    seconds. Without --adapter, --training-free or --safe nothing is pruned. In the JSON line,
+    "right" has a 1 or 0 for each item, to compare runs item by item.
     """
-    with _one_line_errors():
+    of_task = {
+        "--task": task,
+        "--adapter": adapter,
+        "--lora": lora,
+        "--training-free": training_free,
+        "--safe": safe,
+        "--batch-size": batch_size,
+    }
+    of_data = {
+        "--metric": metric,
+        "--config": config,
+        "--out": out,
+        "--max-new-tokens": max_new_tokens,
+        "--load-in-4bit": load_in_4bit,
+    }
+    with one_line_errors():
+        on_rows.refuse_given(of_data if data is None else of_task, data is not None)
+        if data is not None:
+            return on_rows.evaluate(
+                model,
+                data,
+                metric or "exact",
+                config=config,
+                out=out,
+                max_new_tokens=max_new_tokens,
+                load_in_4bit=load_in_4bit,
+                as_json=as_json,
+            )
         from rich.console import Console
 
         from dare_hf.demo import arms
         from dare_hf.evaluation import measurement, suite
         from dare_hf.evaluation.table import table
 
-        runner = _embedded(model.value)
+        runner = _embedded(model)
         chosen = suite.task_of(task, runner.folder)
         arm = arms.choose_arm(
-            model.value,
+            model,
             runner.processor,
             chosen.ends(runner.processor),
             adapter=adapter,
@@ -216,7 +232,7 @@ def evaluate(
             safe=safe,
         )
         items = chosen.sample(n, split.value, seed)
-        with _progress() as tell:
+        with progress() as tell:
             result = measurement.measure(
                 runner.model,
                 runner.processor,
@@ -258,7 +274,7 @@ def info(
     Reads the model's config only, and of an adapter its rates. The exit code is 0 if the model is
     supported, else 2.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from dare_hf.expected import HopTokens, outlook_of
         from dare_hf.inspection import describe_model, model_without_weights
 
@@ -299,7 +315,7 @@ def conformance(
     Builds a tiny random model of each, runs it with and without DARE and compares tokens, logits,
     stored bytes and what is left after removal. Exit code 1 if a row fails.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from dare_hf.conformance import Kind, run_all
 
         rows = []
@@ -331,7 +347,7 @@ def bench(
     0.4 vision / 0.7 text in every layer, then 1.0, with a linear scorer. Prints a table and one
     JSON line. Random weights: speed only, no quality.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from dare_hf.benchmark import prefill, random_llava
 
         setting = random_llava.Setting(
@@ -356,7 +372,7 @@ def train(
     The adapters are saved to `dare/` and `lora/` in the output folder, with the training log.
     In several processes: torchrun --nproc_per_node 2 -m dare_hf.cli train --config FILE
     """
-    with _one_line_errors():
+    with one_line_errors():
         from accelerate import PartialState
 
         from dare_hf import recipes
@@ -374,5 +390,5 @@ def train(
         end_processes()
 
 
-if __name__ == "__main__":
-    app()
+app.command()(on_rows.tune)
+app.command()(on_rows.check)

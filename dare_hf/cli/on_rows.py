@@ -1,0 +1,210 @@
+"""The commands on a user's own rows."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dare_hf.cli.console import AsJson, one_line_errors, progress
+from dare_hf.errors import DareInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# Options that several of them have.
+Model = Annotated[str, typer.Argument(help="Folder or hub id of a model; anole, volcano.")]
+Data = Annotated[Path, typer.Option(help="JSON lines: messages, or prompt and images.")]
+In4Bit = Annotated[bool, typer.Option("--load-in-4bit", help="Load the backbone in nf4.")]
+
+
+def check(
+    model: Model,
+    config: Annotated[str, typer.Option(help="A preset, an adapter, or a folder of `tune`.")],
+    data: Data,
+    floor: Annotated[float, typer.Option(help="Least agreement that passes, in (0, 1].")] = 0.98,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a generate call.")] = 8,
+    load_in_4bit: In4Bit = False,
+    as_json: AsJson = False,
+) -> None:
+    """Does a configuration keep the model's predictions on these rows? Exit code 1 if not.
+
+    Agreement: the share of next tokens predicted as by the unpruned model, along each row's answer,
+    or along the unpruned model's own of at most 32 tokens.
+    """
+    with one_line_errors():
+        from dare_hf.tuning import check as check_rows
+
+        _quiet(model)
+        with progress() as tell:
+            found = check_rows(
+                model,
+                config,
+                data,
+                floor=floor,
+                batch_size=batch_size,
+                load_in_4bit=load_in_4bit,
+                progress=tell,
+            )
+        if as_json:
+            sys.stdout.write(json.dumps(found.to_dict()) + "\n")
+        else:
+            low, high = found.interval
+            typer.echo(
+                f"{'passed' if found.passed else 'failed'}: agreement {found.agreement:.4f} (95 % "
+                f"interval {low:.4f} to {high:.4f}), floor {floor}; KL {found.kl:.4f} nats; "
+                f"{found.rows} rows"
+            )
+        if not found.passed:
+            raise typer.Exit(1)
+
+
+def tune(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder that apply_dare takes, with card and page.")],
+    max_drop: Annotated[float, typer.Option(help="Points that may be lost.")] = 1.0,
+    target: Annotated[
+        str | None, typer.Option(help="kv=0.5 or flops=0.6: a share not to be exceeded.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Of answers: exact, choice, regex or likelihood.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a scored answer.")] = 64,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=JSON of DareConfig for every configuration; may be repeated."),
+    ] = None,
+    router: Annotated[bool, typer.Option(help="Fit a router and try it too.")] = True,
+    seed: Annotated[int, typer.Option(min=0, help="Which half is held out.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a generate call.")] = 8,
+    load_in_4bit: In4Bit = False,
+    as_json: AsJson = False,
+) -> None:
+    """Does DARE pay on your model and rows? The smallest budget that keeps its answers.
+
+    Half of the rows fit a router and steer the search, the other half decide. A run that was killed
+    goes on where it was. The drop is points of task score where rows have answers, else
+    100 x (1 - agreement); its 95 % interval is the promise.
+    """
+    with one_line_errors():
+        from transformers.utils import logging
+
+        from dare_hf.tuning import tune as tune_rows
+
+        _quiet(model)
+        logging.set_verbosity_error()  # what configurations on trial warn of is in the table
+        with progress() as tell:
+            found = tune_rows(
+                model,
+                data,
+                out=out,
+                max_drop=max_drop,
+                target=target,
+                metric=metric,
+                max_new_tokens=max_new_tokens,
+                fields=_fields(field or []),
+                router=router,
+                seed=seed,
+                batch_size=batch_size,
+                load_in_4bit=load_in_4bit,
+                progress=tell,
+            )
+        found.save(out)
+        if as_json:
+            sys.stdout.write(json.dumps(found.to_dict()) + "\n")
+            return
+        typer.echo(found.reason)
+        if found.promise is not None:
+            typer.echo(found.promise["text"])
+        typer.echo(f"page: {out / 'report.html'}")
+
+
+def _fields(given: list[str]) -> dict[str, object]:
+    """Fields of DareConfig as the command line writes them.
+
+    Raises:
+        DareInputError: One is not NAME=JSON.
+    """
+    found: dict[str, object] = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except ValueError as error:
+            raise DareInputError(
+                f"field: expected NAME=JSON, e.g. prefix_tokens=4; got {text!r}"
+            ) from error
+    return found
+
+
+def evaluate(
+    model: str,
+    data: Path,
+    metric: str,
+    *,
+    config: str | None,
+    out: Path | None,
+    max_new_tokens: int | None,
+    load_in_4bit: bool,
+    as_json: bool,
+) -> None:
+    """`dare-hf eval --data`: the same options, inside `one_line_errors`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dare_hf.tuning import evaluate_rows
+    from dare_hf.tuning.answers import MAX_NEW_TOKENS
+
+    _quiet(model)
+    with progress() as tell:
+        found = evaluate_rows(
+            model,
+            data,
+            metric,
+            config=config,
+            out=out,
+            max_new_tokens=max_new_tokens or MAX_NEW_TOKENS,
+            load_in_4bit=load_in_4bit,
+            progress=tell,
+        )
+    lines = Table(title=f"{model} on {data}", title_justify="left", show_header=False)
+    low, high = found["accuracy_interval"]
+    interval = f"(95 % interval {low:.1%} to {high:.1%})"
+    lines.add_row(f"{metric}, {found['n']} rows", f"{found['accuracy']:.1%} {interval}")
+    if found["flops_ratio"] is None:
+        lines.add_row("FLOPs, KV cache", "nothing is pruned")
+    else:
+        lines.add_row("FLOPs", f"{found['flops_ratio']['all']:.3f} of unpruned")
+        lines.add_row("KV cache at the end", f"{found['kv_ratio']:.3f} of unpruned")
+    lines.add_row("seconds", f"{found['seconds']:.1f}")
+    Console(stderr=as_json).print(lines)
+    if as_json:
+        sys.stdout.write(json.dumps(found) + "\n")
+
+
+def refuse_given(options: Mapping[str, object], data: bool) -> None:
+    """Refuse options of `eval` that belong to its other form.
+
+    Raises:
+        DareInputError: One is given.
+    """
+    given = [name for name, value in options.items() if value]
+    if given:
+        other = "without --data" if data else "with --data"
+        raise DareInputError(f"{', '.join(given)}: expected {other} only")
+
+
+def _quiet(model: str) -> None:
+    """No bars of transformers; one thread for so small a model as the embedded ones."""
+    import torch
+    from transformers.utils import logging
+
+    from dare_hf.tuning.loading import EMBEDDED
+
+    logging.disable_progress_bar()
+    if Path(model).name in {*EMBEDDED, *EMBEDDED.values()}:
+        torch.set_num_threads(1)

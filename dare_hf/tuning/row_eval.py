@@ -1,0 +1,146 @@
+"""Task score, costs and time of a model on a user's rows, with a configuration or without."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dare_hf.api import dare_applied, last_report
+from dare_hf.config import DareConfig
+from dare_hf.evaluation.costs import PHASES
+from dare_hf.evaluation.intervals import mean_score
+from dare_hf.evaluation.measurement import setting as machine
+from dare_hf.tuning.answers import MAX_NEW_TOKENS, Metric, answer, checker, named_metric
+from dare_hf.tuning.journal import Journal
+from dare_hf.tuning.loading import as_used, prepare
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from dare_hf.tuning.prompts import Prompts
+    from dare_hf.tuning.rows import Row
+
+Costs = dict[str, dict[str, int]]
+
+
+def evaluate_rows(
+    model: Any,
+    rows: str | Path | Sequence[Row],
+    metric: Metric | str,
+    *,
+    config: DareConfig | str | os.PathLike[str] | None = None,
+    processor: Any = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    out: str | Path | None = None,
+    load_in_4bit: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Answer each row greedily and score it.
+
+    Args:
+        model: A plain model, which is left as it is; or the folder or hub id of one.
+        rows: A JSON lines file of rows, or what `read_rows` returned.
+        metric: See `Metric`.
+        config: As `apply_dare` takes it; None measures the unpruned model.
+        processor: The model's processor or tokenizer; None reads it from the model's folder.
+        max_new_tokens: Most tokens of a generated answer.
+        out: A file that gets a line for each row when it is done; a run that was killed goes on
+            behind them and has the same result.
+        load_in_4bit: Load the backbone in nf4, where a folder is given.
+        progress: Called with ("rows", rows done, rows in all).
+
+    Returns:
+        `n`, `accuracy` (the mean score), `accuracy_interval`, `flops_ratio` and `kv_ratio` (None
+        where nothing is pruned), `seconds`, `right` (a 1 or 0 for each row; None where scores are
+        shares), `scores`, and the setting.
+
+    Raises:
+        DareError: The rows, the model or the configuration cannot be used, or `out` is of another
+            run; the text says why.
+    """
+    metric = named_metric(metric)
+    model, prompts, given = prepare(
+        model, rows, processor, also=checker(metric), load_in_4bit=load_in_4bit
+    )
+    about = {
+        "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        "metric": str(metric),
+        "config": _named(config),
+        "rows": fingerprint(given),
+        "max_new_tokens": max_new_tokens,
+    }
+    journal = Journal(out, about)
+    dare = (
+        nullcontext(model)
+        if config is None
+        else dare_applied(model, config, processor=prompts.processor)
+    )
+    with as_used(model), dare:
+        for done, row in enumerate(given, 1):
+            if str(done) not in journal:
+                pruned = config is not None
+                journal[str(done)] = _item(model, prompts, row, metric, max_new_tokens, pruned)
+            if progress is not None:
+                progress("rows", done, len(given))
+    found = [journal[str(done)] for done in range(1, len(given) + 1)]
+    return {**about, "rows": len(given)} | _summary(found) | machine(model)
+
+
+def fingerprint(rows: Sequence[Row]) -> str:
+    """What tells rows from others: all they say, and their images' bytes."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr((row.line, row.messages, row.answer, row.choices)).encode())
+        for file in row.images:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _named(config: DareConfig | str | os.PathLike[str] | None) -> Any:
+    """A configuration as a journal holds it."""
+    if config is None or isinstance(config, DareConfig):
+        return None if config is None else config.to_dict()
+    folder = Path(config)
+    files = sorted(folder.glob("adapter_*")) if folder.is_dir() else []
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    return f"{os.fspath(config)} {digest}" if files else os.fspath(config)
+
+
+def _item(
+    model: Any, prompts: Prompts, row: Row, metric: Metric, max_new_tokens: int, pruned: bool
+) -> dict[str, Any]:
+    start = time.perf_counter()
+    said, score = answer(model, prompts, row, metric, max_new_tokens)
+    item = {"said": said, "score": score, "seconds": time.perf_counter() - start, "costs": None}
+    if pruned:
+        report = last_report(model)
+        kv = {"got": report.kv_bytes, "full": report.kv_bytes_baseline}
+        flops = {p: {"got": report.flops[p], "full": report.flops_baseline[p]} for p in PHASES}
+        item["costs"] = {"kv": kv, **flops}
+    return item
+
+
+def _summary(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    scores = [item["score"] for item in items]
+    whole = all(score in (0.0, 1.0) for score in scores)
+    costs = [item["costs"] for item in items if item["costs"] is not None]
+    flops = {phase: _ratio(costs, phase) for phase in PHASES} | {"all": _ratio(costs, *PHASES)}
+    return {
+        "n": len(items),
+        "accuracy": sum(scores) / len(scores),
+        "accuracy_interval": list(mean_score(scores)),
+        "flops_ratio": flops if costs else None,
+        "kv_ratio": _ratio(costs, "kv") if costs else None,
+        "seconds": sum(item["seconds"] for item in items),
+        "right": "".join(str(int(score)) for score in scores) if whole else None,
+        "scores": scores,
+    }
+
+
+def _ratio(costs: Sequence[Costs], *names: str) -> float | None:
+    got, full = (sum(c[n][part] for c in costs for n in names) for part in ("got", "full"))
+    return got / full if full else None
