@@ -26,6 +26,7 @@ from dare_hf import DareConfig, last_report
 from dare_hf.compat import cache_of
 from dare_hf.engine.attach import state_of
 from dare_hf.forward.modality import special_token_ids
+from dare_hf.generation import HopInput, HopLoop
 from dare_hf.routing import TEXT, VISION, reference
 from dare_hf.testing import hop_forward, modality_of, oracle_forward, tiny_model, written_inputs
 
@@ -193,3 +194,18 @@ def test_what_an_injected_span_or_a_list_loses_to_protection_is_said():
         (note,) = [note for note in last_report(model).notes if "text rates" in note]
     assert "0.5" in note
     assert "recent_tokens" in note
+
+
+def test_what_an_injected_text_loses_to_protection_is_said():
+    model = shared_model("llava")
+    inputs, more = inputs_of(model, (0,), text=(60,)), torch.tensor([[20, 21, 22, 23, 24, 25]])
+
+    def on_hop(hop):
+        return HopInput(input_ids=more) if hop.index == 1 else None
+
+    fields = {"scorer": "random", "text_retention": 0.5, "vision_retention": 1.0}
+    for recent, said in ((6, True), (0, False)):
+        with dare(model, recent_tokens=recent, prefix_tokens=0, decode_window=3, **fields):
+            generate(model, inputs, hop_loop=HopLoop(on_hop=on_hop))
+            notes = last_report(model).notes
+        assert any("of an injected span ran" in note for note in notes) == said
