@@ -220,8 +220,8 @@ class Run:
             return [[*first, *range(last - self.case.new, last)]] * len(self.rows)
         if self.case.mode != "inject":
             return [list(range(self.span - 1, last))] * len(self.rows)
-        spans = cache_of(self.out).hop_counters.injected
-        inside = {column for start, end in spans for column in range(start, end)}
+        rows = cache_of(self.out).hop_counters.spans
+        inside = {column for spans in rows for start, end in spans for column in range(start, end)}
         sampled = [c for c in range(self.span, last + 1) if c not in inside]
         return [self._before(row, sampled) for row in range(len(self.rows))]
 

@@ -51,8 +51,9 @@ def state_of(cache) -> dict[str, Any]:
             tensors.append(ring.query)
         layers.append((layer.seen, layer.kept_host, layer.kept_lengths().tolist(), rows))
     counters, log = cache.hop_counters, cache.log
-    told = (counters.ends, counters.compacted, counters.injected, counters.barriers, counters.cuts)
-    tail = None if counters.tail is None else counters.tail.tolist()
+    told = (counters.ends, counters.compacted, counters.spans, counters.gaps, counters.cuts)
+    last = log.last_written(9)
+    tail = None if last is None else last.tolist()
     logged = (log.modality.tolist(), log.hop.tolist())
     report = cache.report.to_dict()
     report.pop("seconds")

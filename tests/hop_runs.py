@@ -8,6 +8,8 @@ import torch
 from laws import SPECIAL_IDS, dare, generate
 from transformers import LogitsProcessor
 
+from dare_hf.cache.hop_counters import counters_of
+
 DELIMITER = 12
 WORDS = tuple(range(10, 18))
 """The few words of runs that need natural repeats: prompt lookup, delimiters that just occur."""
@@ -82,6 +84,14 @@ def new_tokens(inputs, out) -> torch.Tensor:
     return out.sequences[:, inputs["input_ids"].shape[1] :]
 
 
+def injected_columns(cache) -> list[tuple[int, int]]:
+    """Columns [start, end) of each injected input: the row that got most has it without a pad."""
+    found = dict[int, int]()
+    for start, end in {span for row in counters_of(cache).spans for span in row}:
+        found[end] = min(start, found.get(end, start))
+    return sorted((start, end) for end, start in found.items())
+
+
 def held(cache, columns: int) -> list[torch.Tensor]:
     """Per layer, Bool[B, columns]: the logical tokens the cache stores."""
     masks = []
@@ -104,6 +114,7 @@ __all__ = [
     "chatter",
     "closing",
     "held",
+    "injected_columns",
     "new_tokens",
     "words_said",
 ]

@@ -339,7 +339,9 @@ class TestQueries:
             assert ring.positions.shape[1] <= 6
         before = ring.positions[1].tolist()
         next_one = torch.full((2, 1), 99)
-        ring = ring.cropped(at - 1, 0).pushed(next_one[:, None, :, None].float(), next_one, 6)
+        ring = ring.cropped(at - 1, 1, dense=False).pushed(
+            next_one[:, None, :, None].float(), next_one, 6
+        )
         assert ring.positions[1].tolist() == [*before[:-1], 99], "a rejected query left a hole"
 
     def test_rows_and_crop_and_rollback(self):
@@ -405,7 +407,9 @@ class TestCrop:
 
     def test_log_and_hops_go_back(self):
         cache = DareCache()
-        cache.hop_counters = HopCounters([[3, 6], [3]], [2, 1], barriers=[[], []], cuts=[[], []])
+        cache.hop_counters = HopCounters(
+            [[3, 6], [3]], [2, 1], thinned=[[], []], spans=[[], []], gaps=[[], []], cuts=[[], []]
+        )
         cache.log.append(torch.zeros(2, 8), torch.tensor([[0] * 4 + [1] * 4] * 2))
         cache.update(*random_kv(2, 8), 0)
         assert cache.hops.tolist() == [2, 1]
@@ -429,7 +433,9 @@ class TestRollback:
 
     def test_leaves_everything_as_before(self):
         cache = DareCache()
-        cache.hop_counters = HopCounters([[2], []], [0, 0], barriers=[[], []], cuts=[[], []])
+        cache.hop_counters = HopCounters(
+            [[2], []], [0, 0], thinned=[[], []], spans=[[], []], gaps=[[], []], cuts=[[], []]
+        )
         self.forward(cache, layers=2)
         before = self.state(cache)
         cache.begin()
@@ -490,7 +496,7 @@ class TestCopies:
     def test_deepcopy_is_independent(self):
         cache = DareCache()
         cache.recorder = Counts([1, 2])
-        cache.hop_counters = HopCounters([[1]], [0], barriers=[[]], cuts=[[]])
+        cache.hop_counters = HopCounters([[1]], [0], thinned=[[]], spans=[[]], gaps=[[]], cuts=[[]])
         cache.log.append(torch.zeros(1, 3), torch.zeros(1, 3))
         layer = cache.layer(0)
         layer.stage(torch.tensor([[0, 2]]), 3, [2], torch.rand(1, 2))
@@ -501,7 +507,7 @@ class TestCopies:
         decode(twin.layer(0), 3)
         twin.layer(0).keys.zero_()
         twin.hop_counters.close(0, 4)
-        twin.crop(-4)
+        twin.crop(-3)
         assert torch.equal(layer.keys, keys)
         assert torch.equal(layer.scores(), scores)
         assert (cache.hops.tolist(), len(cache.log), layer.seen) == ([1], 3, 5)
@@ -512,7 +518,7 @@ class TestCopies:
     def test_reset_forgets_all_but_the_report(self):
         cache = DareCache()
         cache.recorder = Counts([1])
-        cache.hop_counters = HopCounters([[1]], [0], barriers=[[]], cuts=[[]])
+        cache.hop_counters = HopCounters([[1]], [0], thinned=[[]], spans=[[]], gaps=[[]], cuts=[[]])
         cache.log.append(torch.zeros(1, 3), torch.zeros(1, 3))
         cache.update(*random_kv(1, 3), 0)
         cache.reset()

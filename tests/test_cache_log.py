@@ -5,6 +5,7 @@ import torch
 
 from dare_hf.cache import DareCache, TokenLog
 from dare_hf.cache.hop_counters import HopCounters
+from dare_hf.cache.log import PAD, UNWRITTEN
 from dare_hf.errors import DareStateError
 from dare_hf.forward.generation_call import GenerationCall
 from dare_hf.forward.hop_closing import close_context
@@ -70,7 +71,9 @@ def test_another_number_of_rows_is_refused():
 def test_hop_numbers_do_not_wrap():
     """A decode window of one token opens a hop at each; 16 bits end at 32,767."""
     many, cache = 40_000, DareCache()
-    cache.hop_counters = HopCounters([list(range(many))], [many], barriers=[[]], cuts=[[]])
+    cache.hop_counters = HopCounters(
+        [list(range(many))], [many], thinned=[[]], spans=[[]], gaps=[[]], cuts=[[]]
+    )
     cache.layer(0).advance(many)
     cache.log.append(torch.zeros(1, many), torch.arange(many)[None])
     rules = TokenRules((), (), (), False, 2, (), 1)
@@ -79,8 +82,42 @@ def test_hop_numbers_do_not_wrap():
         {"input_ids": torch.ones(1, 1).long()},
     )
     context = open_context(arguments, cache, rules, call)
-    close_context(context, arguments, rules)
+    close_context(context)
     assert cache.log.hop[0, -2:].tolist() == [many - 1, many]
     assert cache.hops.tolist() == [many + 1]
     real, hops = torch.ones(1, many, dtype=torch.bool), torch.arange(many)[None]
     assert torch.equal(read_layout(None, None, hops, real, rules).hop, hops.int())
+
+
+def test_pads_break_no_sequence_in_a_training_row():
+    """As in steps of one token: a pad is skipped, an injected token is not."""
+    rules = TokenRules((), (), (), False, 2, ((13, 12),), None)
+    ids = torch.tensor([[20, 21, 13, 12, 22], [20, 13, 0, 12, 22], [20, 13, 30, 12, 22]])
+    labels = ids.masked_fill(
+        torch.tensor([[1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 0, 1, 0, 0]]) > 0, -100
+    )
+    real = ids != 0
+    hops = read_layout(ids, labels, None, real, rules).hop
+    assert hops.tolist() == [[0, 0, 1, 1, 2], [0, 1, 1, 1, 2], [0, 1, 2, 2, 2]]
+
+
+def test_ids_looked_back_to_follow_the_log():
+    """What a row wrote last, past its pads, after crops and changes of rows."""
+    log = TokenLog()
+    log.append(torch.zeros(2, 3), torch.zeros(2, 3))
+    assert log.last_written(2) is None
+    log.append(torch.zeros(2, 2), torch.ones(2, 2), None, torch.tensor([[5, 6], [7, PAD]]))
+    log.append(torch.zeros(2, 1), torch.ones(2, 1), None, torch.tensor([[8], [9]]), padded=False)
+    assert log.last_written(2).tolist() == [[6, 8], [7, 9]]
+    for step in range(100):
+        log.append(
+            torch.zeros(2, 1), torch.ones(2, 1), None, torch.full((2, 1), step), padded=False
+        )
+    assert log.last_written(3).tolist() == [[97, 98, 99]] * 2
+    log.reorder(torch.tensor([1, 0]))
+    saved = log.snapshot()
+    log.crop(5)
+    assert log.last_written(3).tolist() == [[UNWRITTEN, UNWRITTEN, 7], [UNWRITTEN, 5, 6]]
+    assert saved.last_written(1).tolist() == [[99]] * 2
+    log.reset()
+    assert log.last_written(1) is None

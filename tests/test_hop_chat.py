@@ -17,6 +17,7 @@ from laws import (
     generate,
     inputs_of,
     needs_later_images,
+    prefills_in_chunks,
     shared_model,
 )
 from transformers import DynamicCache
@@ -25,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from dare_hf import DareCache, last_report
 from dare_hf.compat import CACHE
 from dare_hf.routing.reference import budget
-from dare_hf.testing import modality_of, written_inputs
+from dare_hf.testing import collate, modality_of, tiny_rows, written_inputs
 
 PRUNED = {"vision_retention": 0.5, "text_retention": 0.6}
 
@@ -182,3 +183,117 @@ def test_a_turn_by_hand_is_a_turn_of_generate(scorer):
     assert_close(logits[:, -1], out.logits[0], tolerance=FP32_TOLERANCE, what="first step")
     assert caches[0].kept_lengths().tolist() == caches[1].kept_lengths().tolist()
     assert caches[0].hops.tolist() == caches[1].hops.tolist() == [4]
+
+
+def token_rows(rows, pad):
+    """Ids and mask of rows of real ids and None, which is a pad."""
+    ids = torch.tensor([[pad if token is None else token for token in row] for row in rows])
+    mask = torch.tensor([[int(token is not None) for token in row] for row in rows])
+    return ids, mask
+
+
+def kept_tokens(cache, row: int) -> list[list[int]]:
+    """Per layer the row's real tokens that are stored, by their number among the real ones."""
+    number = (cache.log.modality[row] >= 0).long().cumsum(0) - 1
+    stored = [layer.positions()[row] for layer in cache.layers]
+    return [number[where[where >= 0]].tolist() for where in stored]
+
+
+CHUNK = 4
+LATER = {
+    "observed": {"scorer": "attention"},
+    "stored": {"scorer": SCORER, "pruned": "drop"},
+    "window": {"scorer": SCORER, "decode_window": 3},
+    "cap": {"scorer": "key_norm", "max_kv_tokens": 14},
+}
+
+
+@prefills_in_chunks
+@pytest.mark.parametrize("fields", LATER)
+@pytest.mark.parametrize("name", ["llava", "chameleon"])
+def test_a_message_that_begins_after_the_first_chunk_is_the_rows_own(name, fields):
+    """Its hop closes, and its prefix is forced, in the chunk that brings its first token."""
+    model = shared_model(name)
+    text = [14, 11]
+    messages = [list(range(30, 30 + 3 * CHUNK)), list(range(60, 60 + CHUNK))]
+    options = {"text_retention": 0.4, "hop_decay": 0.7, "hop_delimiters": ((13, 12),)}
+
+    def run(rows):
+        """Two turns; where both rows run, the second waits in two chunks of the later one."""
+        cache = DareCache()
+        parts = tiny_rows(model, images=(0, 0), text=text)
+        inputs = collate(model, [parts[row] for row in rows])
+        first = closing(model, inputs, STEPS, token=(13, 12), max_new_tokens=7, **{CACHE: cache})
+        seen, new = first.sequences[:, :-1], []
+        for row in rows:
+            late = [None] * (3 * CHUNK - len(messages[row])) if len(rows) > 1 else []
+            new.append(late + messages[row])
+        ids, mask = token_rows(new, 0)
+        turn = {
+            "input_ids": torch.cat([seen, ids], dim=1),
+            "attention_mask": torch.cat(
+                [inputs["attention_mask"], mask.new_ones(len(rows), 6), mask], dim=1
+            ),
+        }
+        steps = {"max_new_tokens": 7, "prefill_chunk_size": CHUNK}
+        out = closing(model, turn, STEPS, token=(13, 12), **{CACHE: cache}, **steps)
+        return out, cache
+
+    with dare(model, **options, **LATER[fields]):
+        together, shared = run([0, 1])
+        for row in (0, 1):
+            alone, own = run([row])
+            assert shared.hops[row] == own.hops[0]
+            assert kept_tokens(shared, row) == kept_tokens(own, 0)
+            for step, logits in enumerate(alone.logits):
+                pair = logits[0], together.logits[step][row]
+                what = f"{name}, row {row}, step {step}"
+                assert_close(*pair, tolerance=10 * FP32_TOLERANCE, what=what)
+    forced = {n for layer in kept_tokens(own, 0) for n in layer}
+    assert forced != set(range(int((own.log.modality[0] >= 0).sum()))), "nothing went"
+
+
+WAITING = [
+    [13, 30, 12, 31, 13, 12, None, None, 33, None, 35, 36, 12, 37],
+    [40, 13, None, 12, 41, None, None, 42, 43, 13, None, None, 12, 44],
+    [None, None, 50, 13, 12, 53, 54, 55, 13, 12, None, 13, 56, 57],
+]
+"""What three rows write in bare forwards of one token, None where one waits."""
+
+
+@pytest.mark.parametrize("fields", LATER)
+@pytest.mark.parametrize("name", ["llava", "chameleon"])
+def test_a_row_that_waits_between_two_tokens_is_the_row_alone(name, fields):
+    """Pads belong to no hop: no window counts them, and no delimiter is broken by them."""
+    model = shared_model(name)
+    parts = tiny_rows(model, images=(0, 1, 1), text=[14, 11, 8])
+    message = [[None, 70, 71, 72], [73, 74, 75, 76], [None] * 4]
+    options = {"text_retention": 0.4, "hop_decay": 0.7, "hop_delimiters": ((13, 12),)}
+
+    def run(rows, blocks):
+        cache, logits = DareCache(), []
+        inputs = collate(model, [parts[row] for row in rows])
+        mask = inputs["attention_mask"]
+        places = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        forward(model, {**inputs, **places}, **{CACHE: cache}, use_cache=True)
+        for block in blocks:
+            ids, new = token_rows(block, 12)  # were it read, the pad would end a delimiter
+            mask = torch.cat([mask, new], dim=1)
+            at = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            step = {"input_ids": ids, "attention_mask": mask, "position_ids": at}
+            out = forward(model, step, **{CACHE: cache}, use_cache=True).logits
+            logits.append([row[real] for row, real in zip(out, new.bool(), strict=True)])
+        return [torch.cat([step[row] for step in logits]) for row in range(len(rows))], cache
+
+    blocks = [[[row[i]] for row in WAITING] for i in range(len(WAITING[0]))]
+    blocks.insert(9, message)
+    with dare(model, **options, **LATER[fields]):
+        together, shared = run([0, 1, 2], blocks)
+        for row in range(3):
+            own = [[token for token in block[row] if token is not None] for block in blocks]
+            logits, cache = run([row], [[words] for words in own if words])
+            assert shared.hops[row] == cache.hops[0], row
+            assert kept_tokens(shared, row) == kept_tokens(cache, 0), row
+            what = f"{name}, row {row}"
+            assert_close(logits[0], together[row], tolerance=10 * FP32_TOLERANCE, what=what)
+    assert min(shared.hops.tolist()) >= 3, "hardly a hop closed"

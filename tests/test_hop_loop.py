@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hop_runs import injected_columns
 from laws import (
     BATCHES,
     FP32_TOLERANCE,
@@ -205,7 +206,7 @@ def test_a_loop_serves_a_later_turn(name, chunk):
 
 def sampled_tokens(out, row, prompt):
     """Columns of one row that hold sampled tokens: those whose logits chose them."""
-    spans = cache_of(out).hop_counters.injected
+    spans = injected_columns(cache_of(out))
     inside = {c for start, end in spans for c in range(start, end)}
     columns = [c for c in range(prompt, out.sequences.shape[1]) if c not in inside]
     assert len(columns) == len(out.logits)
@@ -255,7 +256,7 @@ def test_an_injection_is_the_span_that_a_loop_of_ones_own_would_run(name, fields
         generate(model, inputs, max_new_tokens=1, **{CACHE: cache})
         queue = [ids for ids in injected if ids]
         at = inputs["input_ids"].shape[1]
-        spans = dict(cache_of(out).hop_counters.injected)
+        spans = dict(injected_columns(cache_of(out)))
         assert [b - a for a, b in spans.items()] == [len(ids) for ids in queue]
         while at < out.sequences.shape[1] - 1:
             end = spans.get(at, at + 1)

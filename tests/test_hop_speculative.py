@@ -7,11 +7,22 @@ import functools
 import itertools
 
 import pytest
-from hop_runs import PRUNED, chatter, held, new_tokens, words_said
-from laws import SCORER, TINY_MODELS, dare, forward, inputs_of, shared_model
+import torch
+from hop_runs import DELIMITER, PRUNED, chatter, held, new_tokens, words_said
+from laws import (
+    FP32_TOLERANCE,
+    SCORER,
+    TINY_MODELS,
+    assert_close,
+    dare,
+    forward,
+    inputs_of,
+    shared_model,
+)
 
 from dare_hf import DareCache
 from dare_hf.compat import CACHE, cache_of
+from dare_hf.forward.generation_call import GenerationCall
 from dare_hf.testing import tiny_model
 
 
@@ -129,3 +140,55 @@ def test_delimiters_of_several_ids_are_found_across_steps(name, scores):
             assert fast.sequences.tolist() == out.sequences.tolist(), mode
             assert settled(model, fast) == plain, mode
     assert plain["hops"][0] >= 3, "hardly a hop closed"
+
+
+VERIFIED = [1, 50, 1, 70, 1]
+"""Tokens of each verified step that are accepted: more than a window behind a delimiter."""
+REJECTED = [0, 40, 90, 0, 80]
+"""Candidates behind them that are not."""
+ENDS = (3, 45, 60)
+"""Sampled tokens that close a hop: the first with 47 accepted ones behind it in its step."""
+
+
+def step_by_step(model, inputs, words, verified, rejected):
+    """What the cache holds after sampled `words` that came in verified steps, and their logits."""
+    cache, prompt = DareCache(), inputs["input_ids"].shape[1]
+    controller, logits = model._dare.controller, []
+    mask = inputs["attention_mask"]
+    call = GenerationCall(prompt_length=prompt, start=0, continues=True)
+    with controller.generating(call, cache):
+        forward(model, inputs, **{CACHE: cache}, use_cache=True)
+        at = 0
+        for accepted, wrong in zip(verified, rejected, strict=True):
+            new = torch.cat([words[:, at : at + accepted], words[:, :wrong]], dim=1)
+            seen = torch.cat([mask, mask.new_ones(len(mask), at + new.shape[1])], dim=1)
+            step = {"input_ids": new, "attention_mask": seen}
+            out = forward(model, step, **{CACHE: cache}, use_cache=True)
+            logits.append(out.logits[:, :accepted])
+            at += accepted
+            cache.crop(-wrong)
+    kept = [mask.tolist() for mask in held(cache, cache.get_seq_length())]
+    return torch.cat(logits, dim=1), (cache.hops.tolist(), kept)
+
+
+def long_steps():
+    names, rows = ("llava", "chameleon", "gemma3"), {"alone": (1,), "padded": (0, 1, 2)}
+    for name, key, batch in itertools.product(names, ("observed", "cap_observed"), rows):
+        fast = (key == "observed") == (batch == "padded")
+        marks = () if fast and name != "gemma3" else pytest.mark.slow
+        yield pytest.param(name, key, rows[batch], marks=marks, id=f"{name}-{key}-{batch}")
+
+
+@pytest.mark.parametrize(("name", "fields", "images"), list(long_steps()))
+def test_long_verified_steps_are_steps_of_one_token(name, fields, images):
+    """Neither accepted tokens behind a delimiter nor rejected ones crowd out its hop's queries."""
+    model, inputs = shared_model(name), inputs_of(shared_model(name), images)
+    count = sum(VERIFIED)
+    generator = torch.Generator().manual_seed(4)
+    words = torch.randint(20, 90, (len(images), count), generator=generator)
+    words[:, list(ENDS)] = DELIMITER
+    with dare(model, **{**PRUNED, **SCORES[fields]}, hop_delimiters=(DELIMITER,)):
+        slow, left = step_by_step(model, inputs, words, [1] * count, [0] * count)
+        fast, ours = step_by_step(model, inputs, words, VERIFIED, REJECTED)
+    assert ours == left
+    assert_close(fast, slow, tolerance=10 * FP32_TOLERANCE, what=name)

@@ -12,6 +12,7 @@ from laws import (
     assert_close,
     assert_same_run,
     dare,
+    everything,
     forward,
     generate,
     inputs_of,
@@ -22,7 +23,7 @@ from transformers import LogitsProcessor
 
 from dare_hf import DareCache, DareConfig, apply_dare, last_report, remove_dare
 from dare_hf.compat import CACHE, cache_of
-from dare_hf.errors import DareConfigError
+from dare_hf.errors import DareConfigError, DareInputError
 from dare_hf.testing import collate
 
 PAIR = (21, 22)
@@ -164,7 +165,7 @@ def test_rates_beyond_the_table_are_its_last(fields):
 def test_crop_rolls_the_counter_back():
     model = shared_model("llava")
     inputs, cache = inputs_of(model, (0, 1)), DareCache()
-    with dare(model, **BY_WORD):
+    with dare(model, **everything(hop_delimiters=(DELIMITER,))):
         out = closing(model, inputs, [[1, 4], [3]], max_new_tokens=8, **{CACHE: cache})
         assert cache.hops.tolist() == [3, 2]
         cache.crop(-2)
@@ -380,3 +381,24 @@ def test_one_hop_without_delimiters_is_layer_only_routing(name, scores, pruned):
         assert cache_of(run).hops.tolist() == [1, 1, 1]
         kept = [cache_of(r).kept_lengths().tolist() for r in (run, runs[0])]
         assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("name", ["llava", "chameleon"])
+def test_sampled_tokens_given_as_embeddings_are_counted_or_refused(name):
+    """A window needs no ids; a delimiter does."""
+    model, cache = shared_model(name), DareCache()
+    inputs, embed = inputs_of(model), model.get_input_embeddings()
+    step = {
+        "inputs_embeds": embed(torch.tensor([[21]])).detach(),
+        "modality_mask": torch.zeros(1, 1),
+    }
+    with dare(model, **PRUNED, decode_window=2):
+        forward(model, inputs, **{CACHE: cache}, use_cache=True)
+        for _ in range(4):
+            forward(model, step, **{CACHE: cache}, use_cache=True)
+    assert cache.hops.tolist() == [3]
+    with dare(model, **BY_WORD):
+        with pytest.raises(DareInputError, match="input_ids of sampled tokens"):
+            forward(model, step, **{CACHE: cache}, use_cache=True)
+        forward(model, {"input_ids": torch.tensor([[DELIMITER]])}, **{CACHE: cache}, use_cache=True)
+    assert cache.hops.tolist() == [4]

@@ -14,7 +14,7 @@ from dare_hf.architectures.locate import locate
 from dare_hf.compat import CACHE, cache_of
 from dare_hf.conformance import architectures
 from dare_hf.conformance.subject import SCORER, Subject
-from dare_hf.errors import DareConfigError, DareInputError
+from dare_hf.errors import DareConfigError, DareInputError, DareStateError
 from dare_hf.report.flops import LayerShape, shapes_of
 from dare_hf.testing import decoder_layers
 
@@ -337,16 +337,16 @@ def test_what_is_no_model_is_refused():
 
 
 @pytest.mark.parametrize("left", [12, 24])
-def test_a_crop_into_what_was_pruned_is_a_given(left):
-    """Into the prompt of 22 tokens; before a compaction that was done."""
+def test_a_crop_into_what_was_pruned_changes_nothing(left):
+    """Into the prompt of 22 tokens; before a compaction that was done: refused, and all stays."""
     model, cache = shared_model("llava"), DareCache()
     inputs = inputs_of(model, (1,))
     with dare(model, vision_retention=0.4, text_retention=0.5, decode_window=2):
         generate(model, inputs, **{CACHE: cache})
-        cache.crop(left - cache.get_seq_length())
+        with pytest.raises(DareStateError, match=r"DareCache\.crop"):
+            cache.crop(left - cache.get_seq_length())
         assert cache.report.kv_bytes_predicted == cache.kv_bytes()
         with torch.no_grad():
             for _ in range(6):
                 model(input_ids=torch.tensor([[20]]), **{CACHE: cache}, use_cache=True)
-        assert cache.hops.item() == (0 if left < 22 else 5)
         assert cache.report.kv_bytes_predicted == cache.kv_bytes()

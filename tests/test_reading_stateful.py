@@ -30,20 +30,22 @@ class Token:
     Attributes:
         id: Its id.
         kind: "prompt", "sampled", "injected", or "pad".
+        span: Which injected input it belongs to.
     """
 
     id: int
     kind: str
+    span: int = 0
 
 
 def hops_of(row: list[Token], prompt: int, rules: TokenRules) -> tuple[list[int], list[int]]:
     """The hop of each column of a row, read from its beginning, and where its hops ended."""
-    hops, ends, written, since = [], [], [], 0
+    hops, ends, written, since, span = [], [], [], 0, 0
     for column, token in enumerate(row):
-        if token.kind == "injected" and row[column - 1].kind != "injected":
+        if token.kind == "injected" and token.span != span:
             last = max(c for c in range(column) if row[c].kind != "pad")
             ends += [last] if ends[-1] < last else []
-            written, since = [], 0
+            written, since, span = [], 0, token.span
         hops.append(len(ends))
         if column == prompt - 1:
             ends.append(column)
@@ -72,7 +74,7 @@ class ReadingMachine(RuleBasedStateMachine):
         self.rules = TokenRules((IMAGE,), (KEEP,), (), False, prefix, delimiters, window)
         self.cache, self.prompt = DareCache(), prompt
         self.rows: list[list[Token]] = [[] for _ in range(rows)]
-        self.served = [0] * rows
+        self.served, self.spans = [0] * rows, 0
         while self.seen < prompt:
             self.read_prompt(data, data.draw(st.integers(1, 9)), data.draw(st.integers(0, 3)))
 
@@ -80,19 +82,35 @@ class ReadingMachine(RuleBasedStateMachine):
     def seen(self) -> int:
         return len(self.rows[0])
 
-    def forward(self, new: list[list[Token]], *, injecting: bool = False) -> None:
-        """Open and close one forward, and hold what it read to the lists."""
+    def forward(
+        self,
+        new: list[list[Token]],
+        *,
+        injecting: bool = False,
+        turn: tuple[int, int] | None = None,
+        bare: bool = False,
+    ) -> None:
+        """Open and close one forward, and hold what it read to the lists.
+
+        Args:
+            new: Its tokens.
+            injecting: Whether a hop loop injects them.
+            turn: Where the generate began that runs it, and where its prompt ends, on a carried
+                cache.
+            bare: Whether no generate runs it.
+        """
         past, before = self.seen, [list(row) for row in self.rows]
         self.rows = [row + more for row, more in zip(self.rows, new, strict=True)]
         mask = torch.tensor([[int(token.kind != "pad") for token in row] for row in self.rows])
         ids = torch.tensor([[token.id for token in row] for row in new])
-        call = GenerationCall(prompt_length=self.prompt, start=0, injecting=injecting)
+        start, prompt = turn or (0, self.prompt)
+        call = GenerationCall(prompt_length=prompt, start=start, injecting=injecting)
         arguments = {"input_ids": ids, "attention_mask": mask}
         self.cache.begin()
-        context = open_context(arguments, self.cache, self.rules, call)
+        context = open_context(arguments, self.cache, self.rules, None if bare else call)
         self.cache.layer(0).advance(past + len(new[0]))
         self.hold_context(context, before, past)
-        close_context(context, arguments, self.rules)
+        close_context(context)
         self.cache.commit()
         self.hold_state()
 
@@ -135,6 +153,8 @@ class ReadingMachine(RuleBasedStateMachine):
         for r, row in enumerate(self.rows):
             hops, ends = hops_of(row, self.prompt, self.rules)
             assert state.ends[r] == ends, "closed hops"
+            since = sum(token.kind == "sampled" for token in row[(ends or [0])[-1] + 1 :])
+            assert state.since(r, self.seen) == since, "sampled tokens of the open hop"
             real = [token.kind != "pad" for token in row]
             logged = self.cache.log.hop[r].tolist()
             assert [h for h, is_real in zip(logged, real, strict=True) if is_real] == [
@@ -148,11 +168,6 @@ class ReadingMachine(RuleBasedStateMachine):
     def words(self, data, count: int, kind: str) -> list[list[Token]]:
         words = st.lists(WORDS, min_size=count, max_size=count)
         return [[Token(word, kind) for word in data.draw(words)] for _ in self.rows]
-
-    @property
-    def injected(self) -> list[tuple[int, int]]:
-        """Columns [start, end) of each injected input."""
-        return counters_of(self.cache).injected
 
     # Forwards
 
@@ -174,19 +189,39 @@ class ReadingMachine(RuleBasedStateMachine):
     def sample(self, data, count):
         self.forward(self.words(data, count, "sampled"))
 
-    @rule(data=st.data(), count=st.integers(1, 6))
-    def inject(self, data, count):
-        """Input after a sampled token; rows that get less, or nothing, are padded."""
-        if self.rows[0][-1].kind != "sampled":
-            self.sample(data, 1)
-        new = self.words(data, count, "injected")
+    @rule(data=st.data(), waits=st.integers(0, 6))
+    def sample_some(self, data, waits):
+        """Bare forwards of one token, in which rows wait or have finished."""
+        new = self.words(data, 1, "sampled")
+        self.forward(
+            [[Token(PAD_ID, "pad")] if waits >> r & 1 else row for r, row in enumerate(new)],
+            bare=True,
+        )
+
+    def message(self, data, count: int) -> list[list[Token]]:
+        """Input for some row at least; those that get less, or nothing, are padded."""
+        self.spans += 1
+        new = [
+            [Token(token.id, "injected", self.spans) for token in row]
+            for row in self.words(data, count, "injected")
+        ]
         sizes = [data.draw(st.integers(0, count)) for _ in new]
         sizes[data.draw(st.integers(0, len(sizes) - 1))] = count
-        padded = [
-            [Token(PAD_ID, "pad")] * (count - size) + row[count - size :]
-            for size, row in zip(sizes, new, strict=True)
-        ]
-        self.forward(padded, injecting=True)
+        pads = [[Token(PAD_ID, "pad")] * (count - size) for size in sizes]
+        return [pad + row[count - size :] for pad, size, row in zip(pads, sizes, new, strict=True)]
+
+    @rule(data=st.data(), count=st.integers(1, 6), bare=st.booleans())
+    def inject(self, data, count, bare):
+        """Input after a token, by a hop loop or in a bare forward of several tokens."""
+        bare = bare and count > 1
+        self.forward(self.message(data, count), injecting=not bare, bare=bare)
+
+    @rule(data=st.data(), count=st.integers(1, 9), chunk=st.integers(1, 5))
+    def next_turn(self, data, count, chunk):
+        """A later generate on the same cache, whose message is read in chunks."""
+        new, turn = self.message(data, count), (self.seen, self.seen + count)
+        for at in range(0, count, chunk):
+            self.forward([row[at : at + chunk] for row in new], turn=turn)
 
     @rule(data=st.data(), count=st.integers(2, 14), more=st.integers(1, 5))
     def verify(self, data, count, more):
@@ -198,19 +233,17 @@ class ReadingMachine(RuleBasedStateMachine):
     @rule(data=st.data(), count=st.integers(1, 6), more=st.integers(0, 3))
     def take_back(self, data, count, more):
         """Input that is injected, answered, and taken back; the hop goes on as if never closed."""
-        self.inject(data, count)
+        self.inject(data, count, bare=False)
         self.sample(data, 1)
         self.crop(1 + count + more)
         self.sample(data, 2)
 
     # Between forwards
 
-    @rule(count=st.integers(1, 14))
+    @rule(count=st.one_of(st.integers(1, 14), st.integers(1, 200)))
     def crop(self, count):
-        """Back to any token of the last ones, but not into injected input."""
+        """Back to any token of the last ones."""
         count = min(count, self.seen - self.prompt)
-        inside = [(a, b) for a, b in self.injected if a < self.seen - count < b]
-        count = self.seen - inside[0][1] if inside else count
         self.cache.crop(-count)
         self.rows = [row[: len(row) - count] for row in self.rows]
         self.hold_state()
@@ -251,7 +284,7 @@ class ReadingMachine(RuleBasedStateMachine):
         self.cache.begin()
         context = open_context(arguments, self.cache, self.rules, call)
         if data.draw(st.booleans()):
-            close_context(context, arguments, self.rules)
+            close_context(context)
         self.cache.rollback()
         self.hold_state()
 

@@ -3,10 +3,12 @@
 import logging
 from dataclasses import replace
 
+import flash_stand_in
 import pytest
 import torch
 from peft import PeftModel
 from peft_runs import adapted
+from test_laws_attention import text_attention
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -16,6 +18,7 @@ from dare_hf.compat import CACHE, cache_of
 from dare_hf.conformance.laws import NARROW_TOLERANCE, hold_close
 from dare_hf.conformance.subject import SCORER, Subject
 from dare_hf.engine.undo import UndoRecord
+from dare_hf.errors import DareInputError
 from dare_hf.report.flops import LayerShape
 from dare_hf.routing.scores import key_norm_scores
 from dare_hf.scoring.key_norm import KeyNormScorer
@@ -188,16 +191,55 @@ def test_layers_cost_what_torch_counts(name):
         assert 2 * (11 * shape.linear_macs + 121 * shape.pair_macs) == sum(counted.values())
 
 
-@pytest.mark.parametrize("pruned", ["bypass", "drop"])
-def test_layers_that_number_their_queries_run_all_of_them(pruned, monkeypatch):
-    """Temperature tuning of Llama 4 counts places itself: with a query left out it would be off."""
+def numbering(monkeypatch, **config):
+    """A Llama 4 whose layers without RoPE count places themselves from the fourth token on."""
     from dare_hf.testing import text_families
     from dare_hf.testing.text_families import CONFIGS
 
     family = text_families.TEXT_FAMILIES["llama4_text"]
-    tuned = replace(family, config={**CONFIGS["llama4_text"], "floor_scale": 4})
+    tuned = replace(family, config={**CONFIGS["llama4_text"], "floor_scale": 4, **config})
     monkeypatch.setitem(text_families.TEXT_FAMILIES, "llama4_text", tuned)
-    subject = Subject.of("llama4_text")
+    return Subject.of("llama4_text")
+
+
+@pytest.mark.parametrize("pruned", ["bypass", "drop"])
+def test_what_was_dropped_does_not_come_back_behind_a_layer_that_keeps_everything(
+    pruned, monkeypatch
+):
+    subject = numbering(monkeypatch, no_rope_layers=[1, 0, 1, 1])
+    batch, cache = subject.batches["alone"], DareCache()
+    with subject.dare(**RATES, pruned=pruned):
+        logits = subject.forward(batch, **{CACHE: cache}, use_cache=True)
+    held = [set(layer.positions()[0].tolist()) for layer in cache.layers]
+    assert len(held[1]) == batch.real.sum() > len(held[0])
+    assert (held[2] <= held[0]) == (pruned == "drop")
+    keep = [torch.zeros_like(batch.real) for _ in held]
+    for mask, columns in zip(keep, held, strict=True):
+        mask[0, sorted(columns)] = True
+    hold_close(subject, logits, masked_forward(subject.model, batch.inputs, keep), "llama4")
+
+
+def test_rows_beyond_which_layers_number_their_queries_are_not_trained_on(monkeypatch):
+    """The simulation prunes there and a run of generate would not: refused, not another model."""
+    subject = numbering(monkeypatch)
+    ids = torch.arange(20, 32)[None]
+    trained = {"input_ids": ids, "labels": torch.where(torch.arange(12) < 2, -100, ids)}
+    with subject.dare(**RATES), pytest.raises(DareInputError, match="expected fewer than 4 tokens"):
+        subject.model(**trained)
+    with subject.dare(**RATES):
+        short = {name: part[:, :3] for name, part in trained.items()}
+        longer = {**trained, "labels": torch.where(torch.arange(12) < 6, -100, ids)}
+        assert subject.model(**short).loss.isfinite()
+        assert subject.model(**longer).loss.isfinite()
+        hops = (torch.arange(12) > 5).long()[None]
+        with pytest.raises(DareInputError, match="expected fewer than 4 tokens"):
+            subject.model(input_ids=ids, hop_ids=hops)
+
+
+@pytest.mark.parametrize("pruned", ["bypass", "drop"])
+def test_layers_that_number_their_queries_run_all_of_them(pruned, monkeypatch):
+    """Temperature tuning of Llama 4 counts places itself: with a query left out it would be off."""
+    subject = numbering(monkeypatch)
     batch = subject.batches["alone"]
     cache = DareCache()
     with subject.dare(**RATES, pruned=pruned):
@@ -212,3 +254,21 @@ def test_layers_that_number_their_queries_run_all_of_them(pruned, monkeypatch):
     for index, mask in enumerate(keep):
         mask[0, cache.layer(index).positions()[0]] = True
     hold_close(subject, logits, masked_forward(subject.model, batch.inputs, keep), "llama4")
+
+
+@pytest.mark.parametrize("scorer", ["attention", SCORER])
+@pytest.mark.parametrize("name", ["ministral3", "mistral4"])
+def test_attention_that_reads_positions_reads_them_under_flash(name, scorer, monkeypatch):
+    """Their queries are scaled by position; the kernel must not see gaps as packed sequences."""
+    flash_stand_in.install(monkeypatch)
+    subject = Subject.of(name)
+    subject.model.float()
+    fields = {**RATES, "scorer": scorer}
+    for batch in subject.batches.values():
+        written = []
+        for implementation in ("sdpa", "flash_attention_2"):
+            with text_attention(subject.model, implementation), subject.dare(**fields):
+                written.append(subject.forward(batch)[batch.real])
+                report = last_report(subject.model)
+        torch.testing.assert_close(*written, atol=1e-3, rtol=1e-3)
+        assert (report.kv_bytes < report.kv_bytes_baseline) == (scorer == SCORER)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hop_runs import BY_WORD, LONG, closing, new_tokens
+from hop_runs import BY_WORD, LONG, closing, injected_columns, new_tokens
 from laws import (
     BATCHES,
     FP32_TOLERANCE,
@@ -128,7 +128,7 @@ def test_injected_spans_are_routed_as_generate_routes_them(name, pruned, rows):
         out = looped(model, inputs, featured, max_new_tokens=20)
         ids = out.sequences[:, :-1]
         labels = torch.full_like(ids, -100)
-        injected = cache_of(out).hop_counters.injected
+        injected = injected_columns(cache_of(out))
         inside = {column for start, end in injected for column in range(start, end)}
         sampled = [c for c in range(prompt, ids.shape[1]) if c not in inside]
         labels[:, sampled] = ids[:, sampled]

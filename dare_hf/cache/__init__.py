@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from dare_hf.cache.companions import HopTracker, Recorder, RunningCall, Told
+from dare_hf.cache.cropping import check_crop
 from dare_hf.cache.layer import BeforeStep, DareLayer
 from dare_hf.cache.log import TokenLog
 from dare_hf.cache.mixed import other_layers, row_count, select_rows, snapshot
@@ -60,8 +61,7 @@ class DareCache(Cache):
     """Keys and values of the tokens each layer kept, behind the lengths of the whole sequence.
 
     Pass one as `cache` (`past_key_values` before transformers 5.24) and carry it across turns, or
-    let generate make it. What HF reads
-    (`get_seq_length`, `get_mask_sizes`) is logical: pruned tokens count.
+    let generate make it. What HF reads (`get_seq_length`, `get_mask_sizes`) counts pruned tokens.
 
     Args:
         config: The model's config; gives the number of layers. Without it layers appear when they
@@ -72,6 +72,7 @@ class DareCache(Cache):
         hop_counters: Hop counters of the rows; None until a model with DARE has run.
         recorder: Who counted the run this cache was last used in, or None.
         call: The generate whose sequence it holds, or held last; None outside of one.
+        drafts: Whether an assistant of speculative decoding runs on it.
         changes: Goes up whenever rows or columns go or move; forwards only add.
 
     Raises:
@@ -87,6 +88,7 @@ class DareCache(Cache):
         self.log = TokenLog()
         self.hop_counters: HopTracker | None = None
         self.recorder: Recorder | None = None
+        self.drafts = False
         self.call: RunningCall | None = None
         self._slots: tuple[int, ...] | None = None
         self._saved: _Saved | None = None
@@ -232,12 +234,13 @@ class DareCache(Cache):
 
         Raises:
             ValueError: `tokens_to_remove` is positive.
+            DareStateError: It leaves a part of an input of which layers hold some tokens only.
         """
         if tokens_to_remove > 0:
             DareLayer().crop(tokens_to_remove)
         self.settle()
-        seen = self.get_seq_length()
-        length = max(seen + tokens_to_remove, 0)
+        removed = min(-tokens_to_remove, self.get_seq_length())
+        check_crop(self, length := self.get_seq_length() - removed)
         for layer in self._others.values():
             layer.crop(tokens_to_remove)
         counts = {i: layer.crop_counts(tokens_to_remove) for i, layer in enumerate(self.stored)}
@@ -250,9 +253,9 @@ class DareCache(Cache):
         self.changes += 1
         self.log.crop(length)
         if self.hop_counters is not None:
-            self.hop_counters.crop(length, seen)
+            self.hop_counters.crop(length)
         if self.recorder is not None:
-            self.recorder.crop(seen - length)
+            self.recorder.crop(removed)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows `beam_idx`, as beam search does."""

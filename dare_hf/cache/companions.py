@@ -65,8 +65,8 @@ class HopTracker(Protocol):
     def repeat(self, repeats: int) -> None:
         """Repeat every row in place."""
 
-    def crop(self, length: int, seen: int) -> None:
-        """Forget the tokens at logical positions from `length` to `seen`."""
+    def crop(self, length: int) -> None:
+        """Forget the tokens at logical positions from `length` on."""
 
     def reset(self) -> None:
         """Back to an empty sequence."""

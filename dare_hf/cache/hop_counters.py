@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -24,20 +22,21 @@ class HopCounters:
     Attributes:
         ends: Per row, the logical position of the last token of each closed hop, ascending.
         compacted: Per row, the hop whose begin was last served by a compaction.
-        tail: Last sampled ids per row [B, n], for delimiters of several ids; None when unused.
-        injected: Logical columns [start, end) of spans after the prompt; no window counts them.
-        barriers: Per row the [start, end) of those it really got; no delimiter reaches across one.
-        cuts: Per row the ends of hops that only such a span closed; without it they are open.
+        thinned: Per row the hops whose begin took stored tokens away, ascending.
+        spans: Per row the logical columns [start, end) of spans it got after its prompt.
+        gaps: Per row the logical columns [start, end) after its prompt that hold no token of it.
+        cuts: Per row the ends of hops that only such a span closed, each with the span's first
+            column; without it they are open.
         ledgers: Per row how many tokens its layers hold by counts alone; None where a crop has cut
             into what was pruned, so that counts do not say it.
     """
 
     ends: list[list[int]] = field(default_factory=list)
     compacted: list[int] = field(default_factory=list)
-    tail: Tensor | None = None
-    injected: list[tuple[int, int]] = field(default_factory=list)
-    barriers: list[list[tuple[int, int]]] = field(default_factory=list)
-    cuts: list[list[int]] = field(default_factory=list)
+    thinned: list[list[int]] = field(default_factory=list)
+    spans: list[list[tuple[int, int]]] = field(default_factory=list)
+    gaps: list[list[tuple[int, int]]] = field(default_factory=list)
+    cuts: list[list[tuple[int, int]]] = field(default_factory=list)
     ledgers: list[Any] = field(default_factory=list)
 
     def ensure(self, batch: int) -> None:
@@ -45,7 +44,8 @@ class HopCounters:
         if not self.ends:
             self.ends = [[] for _ in range(batch)]
             self.compacted = [0] * batch
-            self.barriers, self.cuts = [[] for _ in range(batch)], [[] for _ in range(batch)]
+            tracks = ([[] for _ in range(batch)] for _ in range(4))
+            self.thinned, self.spans, self.gaps, self.cuts = tracks
             self.ledgers = [None] * batch
 
     def open_hops(self) -> list[int]:
@@ -60,99 +60,93 @@ class HopCounters:
             ends.append(position)
         return closes
 
-    def cut(self, row: int, position: int) -> None:
-        """Close it because input is injected after `position`."""
-        if self.close(row, position):
-            self.cuts[row].append(position)
+    def cut(self, row: int, past: int, first: int) -> None:
+        """Close it with its last token before `past`: injected input begins at column `first`."""
+        end = past - 1
+        for start, stop in reversed(self.gaps[row]):
+            end = start - 1 if start <= end < stop else end
+        if self.close(row, end):
+            self.cuts[row].append((end, first))
+
+    def since(self, row: int, past: int) -> int:
+        """Sampled tokens before column `past` in the open hop of `row`; 0 in its prompt."""
+        if not self.ends[row]:
+            return 0
+        last = self.ends[row][-1]
+        others = (*self.spans[row], *self.gaps[row])
+        return past - 1 - last - sum(max(min(b, past) - max(a, last + 1), 0) for a, b in others)
 
     def reorder(self, indices: Tensor) -> None:
         """Take the rows named by `indices` [B'], as beam search does."""
         if not self.ends:
             return
-        parts = (self.ends, self.compacted, self.barriers, self.cuts, self.ledgers)
-        rows = list(zip(*parts, strict=True))
+        tracks = (self.ends, self.compacted, self.thinned, self.spans, self.gaps, self.cuts)
+        rows = list(zip(*tracks, self.ledgers, strict=True))
         alike = all(row == rows[0] for row in rows)
         order = [0] * len(indices) if alike else indices.tolist()
         self._take(order)
-        if self.tail is not None:
-            self.tail = self.tail.index_select(0, indices.to(self.tail.device))
 
     select = reorder
 
     def repeat(self, repeats: int) -> None:
         """Repeat every row `repeats` times in place, as HF expands a batch."""
         self._take([row for row in range(len(self.ends)) for _ in range(repeats)])
-        if self.tail is not None:
-            self.tail = self.tail.repeat_interleave(repeats, dim=0)
 
     def _take(self, order: list[int]) -> None:
         self.ends = [list(self.ends[i]) for i in order]
         self.compacted = [self.compacted[i] for i in order]
-        self.barriers = [list(self.barriers[i]) for i in order]
+        self.thinned = [list(self.thinned[i]) for i in order]
+        self.spans = [list(self.spans[i]) for i in order]
+        self.gaps = [list(self.gaps[i]) for i in order]
         self.cuts = [list(self.cuts[i]) for i in order]
         self.ledgers = [self.ledgers[i] for i in order]
 
-    def crop(self, length: int, seen: int) -> None:
-        """Forget logical positions `length` to `seen`; hops closed there are open again."""
-        sampled = seen - length - self.injected_between(length - 1, seen - 1)
-        if self.tail is not None:
-            self.tail = self.tail[:, : max(self.tail.shape[1] - sampled, 0)]
-        for row, cuts in enumerate(self.cuts):
-            gone = {e for e in cuts if e >= length - 1}  # the span that closed them goes
-            self.ends[row] = [e for e in self.ends[row] if e < length and e not in gone]
-            self.cuts[row] = [e for e in cuts if e not in gone]
+    def crop(self, length: int) -> None:
+        """Forget logical positions from `length` on; hops closed there are open again."""
+        self.ends = [self.ends_at(row, length) for row in range(len(self.ends))]
+        self.cuts = [[cut for cut in cuts if cut[1] < length] for cuts in self.cuts]
         pairs = zip(self.compacted, self.ends, strict=True)
         self.compacted = [min(hop, len(ends)) for hop, ends in pairs]
-        self.injected = _cropped(self.injected, length)
-        self.barriers = [_cropped(spans, length) for spans in self.barriers]
+        self.spans = [_cropped(row, length) for row in self.spans]
+        self.gaps = [_cropped(row, length) for row in self.gaps]
         self.ledgers = [
             None if ledger and length < ledger.end else ledger for ledger in self.ledgers
         ]
 
-    def remember(self, ids: Tensor, count: int) -> None:
-        """Keep the last `count` sampled ids, [B, S] `ids` being the newest."""
-        joined = ids if self.tail is None else torch.cat([self.tail, ids], dim=1)
-        self.tail = joined[:, max(joined.shape[1] - count, 0) :]
+    def ends_at(self, row: int, length: int) -> list[int]:
+        """The `ends` of `row` once only `length` logical tokens are left."""
+        gone = {end for end, first in self.cuts[row] if first >= length}  # what closed them goes
+        return [end for end in self.ends[row] if end < length and end not in gone]
 
-    def inject(self, rows: list[int], start: int, end: int) -> None:
-        """Note a span in columns [start, end) that brings tokens to `rows`."""
-        self.injected.append((start, end))
-        for row in rows:
-            self.barriers[row].append((start, end))
-
-    def written(self, past: int) -> Tensor | None:
-        """[B, n] the sampled ids before column `past`, -1 where an injected span cuts them off."""
-        tail = self.tail
-        if tail is None or not any(self.barriers):
-            return tail
-        ends = [spans[-1][1] if spans else 0 for spans in self.barriers]
-        since = [past - end - self.injected_between(end - 1, past - 1) for end in ends]
-        place = torch.arange(tail.shape[1], 0, -1, device=tail.device)
-        reached = place <= torch.tensor(since).to(tail.device, non_blocking=True)[:, None]
-        return tail.masked_fill(~reached, -1)
-
-    def injected_between(self, last: int, position: int) -> int:
-        """Injected columns after `last`, up to and with `position`."""
-        overlaps = (min(b, position + 1) - max(a, last + 1) for a, b in self.injected)
-        return sum(max(overlap, 0) for overlap in overlaps)
+    def note(self, row: int, start: int, end: int, *, real: bool) -> None:
+        """Columns [start, end) of `row` hold a span after its prompt, or no token of it."""
+        gaps = self.gaps[row]
+        if start >= end:
+            return
+        if real:
+            self.spans[row].append((start, end))
+            return
+        if gaps and gaps[-1][1] == start:
+            start = gaps.pop()[0]
+        gaps.append((start, end))
 
     def reset(self) -> None:
         """Back to an empty sequence."""
-        self.ends, self.compacted, self.tail = [], [], None
-        self.injected, self.barriers, self.cuts, self.ledgers = [], [], [], []
+        self.ends, self.compacted, self.thinned = [], [], []
+        self.spans, self.gaps, self.cuts, self.ledgers = [], [], [], []
 
     def served(self) -> list[int]:
         """Per row the hop whose begin was last served."""
         return self.compacted
 
     def snapshot(self) -> HopCounters:
-        """A copy that later changes of these counters do not reach; the tail is never written."""
+        """A copy that later changes of these counters do not reach."""
         return HopCounters(
             ends=[list(row) for row in self.ends],
             compacted=list(self.compacted),
-            tail=self.tail,
-            injected=list(self.injected),
-            barriers=[list(row) for row in self.barriers],
+            thinned=[list(row) for row in self.thinned],
+            spans=[list(row) for row in self.spans],
+            gaps=[list(row) for row in self.gaps],
             cuts=[list(row) for row in self.cuts],
             ledgers=list(self.ledgers),
         )

@@ -318,7 +318,7 @@ class DareLayer(StoredColumns, CacheLayerMixin):
         if removed == 0:
             return
         if self.ring is not None:
-            self.ring = self.ring.cropped(seen, removed if removed <= self._table.tail else 0)
+            self.ring = self.ring.cropped(seen, removed, dense=removed <= table.tail)
         if self.unscored:
             self.unscored = self.unscored.cropped(seen)
         if self._slabs is None:

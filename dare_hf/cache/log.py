@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PAD = -1
+# Where the id of a sampled token would stand: a prompt's or an injected one.
+UNWRITTEN = -2
 _MERGE_AT = 64
 
 
@@ -29,6 +31,8 @@ class TokenLog:
         self._modality: list[Tensor] = []
         self._hop: list[Tensor] = []
         self._always: list[Tensor] = []
+        self._written: list[Tensor] = []
+        self._padded = 0  # columns up to the last one that may be a pad in some row
         self._length = 0
 
     def __len__(self) -> int:
@@ -59,6 +63,9 @@ class TokenLog:
         modality: Int[Tensor, "rows new"],
         hop: Int[Tensor, "rows new"],
         always: Bool[Tensor, "rows new"] | None = None,
+        written: Int[Tensor, "rows new"] | None = None,
+        *,
+        padded: bool = True,
     ) -> None:
         """Add the tokens of a forward.
 
@@ -66,6 +73,9 @@ class TokenLog:
             modality: 0 text, 1 vision, -1 pad.
             hop: The hop each token belongs to.
             always: Tokens that no compaction may drop.
+            written: Ids of sampled tokens, PAD and UNWRITTEN where none is; None where no hop
+                delimiter has several ids.
+            padded: Whether there may be pads among them.
 
         Raises:
             DareStateError: The rows are not those of the tokens logged before.
@@ -80,11 +90,33 @@ class TokenLog:
         if always is not None or self._always:
             absent = torch.zeros_like(modality, dtype=torch.bool)
             self._always.append(absent if always is None else always)
+        if written is not None and not self._written:
+            self._written = [written.new_full((written.shape[0], self._length), UNWRITTEN)]
+        if written is not None or self._written:
+            unknown = torch.full_like(modality, UNWRITTEN, dtype=torch.long)
+            self._written.append(unknown if written is None else written)
         self._modality.append(modality.to(torch.int8))
         self._hop.append(hop.to(torch.int32))
         self._length += modality.shape[1]
+        self._padded = self._length if padded else self._padded
         if len(self._modality) >= _MERGE_AT:
             self._each(lambda whole: whole)
+
+    def last_written(self, count: int) -> Int[Tensor, "rows last"] | None:
+        """Each row's last ids, at most `count`, pads left out; None when no forward named any.
+
+        UNWRITTEN for the prompt's and injected tokens, PAD where a row has fewer.
+        """
+        if not self._written:
+            return None
+        if self._padded > self._length - count:
+            self._written = whole = self._joined(self._written, torch.long)
+            order = (whole[0] != PAD).byte().argsort(dim=1, stable=True)
+            return whole[0].gather(1, order)[:, max(self._length - count, 0) :]
+        last: list[Tensor] = []
+        while sum(chunk.shape[1] for chunk in last) < count:
+            last.insert(0, self._written[-1 - len(last)])
+        return torch.cat(last, dim=1)[:, -count:]
 
     def lookup(
         self, positions: Int[Tensor, "rows columns"]
@@ -113,7 +145,7 @@ class TokenLog:
         if length >= self._length:
             return
         self._each(lambda whole: whole[:, :length])
-        self._length = length
+        self._length, self._padded = length, min(self._padded, length)
 
     def reorder(self, index: Int[Tensor, " chosen"]) -> None:
         """Take the rows `index`."""
@@ -127,14 +159,15 @@ class TokenLog:
 
     def reset(self) -> None:
         """Back to an empty sequence."""
-        self._modality, self._hop, self._always, self._length = [], [], [], 0
+        self._modality, self._hop, self._always, self._written = [], [], [], []
+        self._length = self._padded = 0
 
     def snapshot(self) -> TokenLog:
         """A copy that later changes of this log do not reach; the tensors are shared."""
         saved = TokenLog()
         saved._modality, saved._hop = list(self._modality), list(self._hop)
-        saved._always = list(self._always)
-        saved._length = self._length
+        saved._always, saved._written = list(self._always), list(self._written)
+        saved._length, saved._padded = self._length, self._padded
         return saved
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -143,6 +176,8 @@ class TokenLog:
             self._modality, self._hop = [change(self.modality)], [change(self.hop)]
         if self.always is not None:
             self._always = [change(self.always)]
+        if self._written:
+            self._written = [change(self._joined(self._written, torch.long)[0])]
 
     def _joined(self, chunks: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         if not chunks:

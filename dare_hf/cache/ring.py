@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 
     from dare_hf.routing.scores import Softmax
 
+WINDOW = 32
+# Queries a layer remembers at least: the window, and as many again that may be cropped.
+RING = 2 * WINDOW
+
 
 @dataclass(frozen=True)
 class QueryRing:
@@ -21,6 +25,9 @@ class QueryRing:
         query: [B, H, W, d], oldest first.
         positions: Long[B, W] their logical positions, -1 where there is none.
         softmax: What becomes of the layer's queries and keys.
+        taken: Columns that crops took and newer queries have not filled again.
+        trimmed: Whether older columns were forgotten.
+        forgot: Bool[B] rows that had queries in them, told when a crop might need those.
         steps: Newer ones of single tokens of every row, not joined with them yet: logical position
             and [B, H, 1, d] of each.
     """
@@ -28,6 +35,9 @@ class QueryRing:
     query: Tensor
     positions: Tensor
     softmax: Softmax
+    taken: int = 0
+    trimmed: bool = False
+    forgot: Tensor | None = None
     steps: list[tuple[int, Tensor]] = field(default_factory=list)
 
     @classmethod
@@ -37,8 +47,8 @@ class QueryRing:
         none = like.new_zeros(like.shape[0], like.shape[1], 0, like.shape[3])
         return cls(none, where, softmax)
 
-    def note(self, query: Tensor, position: int, window: int) -> None:
-        """Remember every row's next query [B, H, 1, d], at one logical position, in place.
+    def noted(self, query: Tensor, position: int, window: int) -> QueryRing:
+        """With every row's next query [B, H, 1, d], at one logical position; mostly itself.
 
         Args:
             query: The queries.
@@ -46,8 +56,13 @@ class QueryRing:
             window: Queries that are to be remembered.
         """
         self.steps.append((position, query))
-        if len(self.steps) >= 2 * window:
-            del self.steps[:window]
+        if len(self.steps) < 2 * window:
+            return self
+        # What is older goes too, or a crop could reach across what is missing; a new list, for a
+        # ring that comes back when this step fails.
+        none, where = self.query[:, :, :0], self.positions[:, :0]
+        last = self.steps[-window:]
+        return replace(self, query=none, positions=where, steps=last, taken=0, trimmed=True)
 
     def joined(self) -> QueryRing:
         """The same in one piece."""
@@ -56,7 +71,9 @@ class QueryRing:
         where = torch.tensor([position for position, _ in self.steps])
         where = where.to(self.positions.device, non_blocking=True).expand(len(self.query), -1)
         query = torch.cat([self.query, *(q for _, q in self.steps)], dim=2)
-        return QueryRing(query, torch.cat([self.positions, where], dim=1), self.softmax)
+        where = torch.cat([self.positions, where], dim=1)
+        taken = max(self.taken - len(self.steps), 0)
+        return replace(self, query=query, positions=where, steps=[], taken=taken)
 
     def before(self, position: int) -> QueryRing:
         """Without the single steps from logical `position` on."""
@@ -89,7 +106,9 @@ class QueryRing:
                 bring must not crowd them out.
         """
         old = self.joined()
-        new = replace(old, query=query.detach(), positions=positions)
+        taken = max(old.taken - query.shape[2], 0)
+        trimmed = old.trimmed or old.positions.shape[1] + positions.shape[1] > window
+        new = replace(old, query=query.detach(), positions=positions, taken=taken, trimmed=trimmed)
         if dense:
             new = replace(new, query=new.query[:, :, -window:], positions=positions[:, -window:])
         else:
@@ -97,28 +116,47 @@ class QueryRing:
         joined = torch.cat([old.query, new.query], dim=2)
         where = torch.cat([old.positions, new.positions], dim=1)
         if not dense:
-            return replace(old, query=joined, positions=where)._last(where >= 0, window)
-        return replace(old, query=joined[:, :, -window:], positions=where[:, -window:])
+            return replace(new, query=joined, positions=where)._last(where >= 0, window)
+        return replace(new, query=joined[:, :, -window:], positions=where[:, -window:])
 
-    def cropped(self, length: int, dense: int) -> QueryRing:
+    def cropped(self, length: int, removed: int, *, dense: bool) -> QueryRing:
         """Without queries at logical positions >= `length`.
 
         Args:
             length: Logical tokens that stay.
-            dense: Trailing columns known to be exactly those queries in every row; they go
-                physically, so that rejected speculation does not crowd out what is remembered.
+            removed: Logical tokens that go.
+            dense: Whether the last `removed` columns are exactly those queries in every row; they
+                go physically, so that rejected speculation does not crowd out what is remembered.
         """
-        ring = self.joined()
+        old = self.joined()
+        taken, forgot = old.taken + removed, old.forgot
+        if old.trimmed and (not dense or taken > RING - WINDOW):
+            full = (old.positions >= 0).all(1)  # holes go first
+            forgot = full if forgot is None else forgot | full
+        ring = replace(old, taken=min(taken, RING), forgot=forgot)
         if dense:
-            stay = max(ring.positions.shape[1] - dense, 0)
-            query, positions = ring.query[:, :, :stay], ring.positions[:, :stay]
+            stay = max(old.positions.shape[1] - removed, 0)
+            query, positions = old.query[:, :, :stay], old.positions[:, :stay]
             return replace(ring, query=query, positions=positions)
-        stays = (ring.positions >= 0) & (ring.positions < length)
-        return ring._last(stays, ring.positions.shape[1])
+        stays = (old.positions >= 0) & (old.positions < length)
+        return ring._last(stays, old.positions.shape[1])
+
+    def short(self, found: QueryRing, ends: Tensor) -> bool:
+        """Whether a crop has taken queries that the window up to `ends` [B] needs.
+
+        Args:
+            found: `until(ends)`.
+            ends: Per row the last position, -1 for rows that are not asked.
+        """
+        if self.forgot is None:
+            return False
+        few = (found.positions >= 0).sum(1) < WINDOW
+        return bool((self.forgot & few & (ends >= 0)).any())
 
     def rows(self, index: Tensor) -> QueryRing:
         """The rows `index` [B']."""
         index = index.to(self.query.device)
         query, positions = (t.index_select(0, index) for t in (self.query, self.positions))
         steps = [(position, query.index_select(0, index)) for position, query in self.steps]
-        return replace(self, query=query, positions=positions, steps=steps)
+        forgot = None if self.forgot is None else self.forgot.index_select(0, index)
+        return replace(self, query=query, positions=positions, steps=steps, forgot=forgot)

@@ -12,9 +12,10 @@ from dare_hf.architectures.locate import attention_of, sees_all
 from dare_hf.architectures.tensor_parallel import head_mean, shared_heads
 from dare_hf.cache.refused import check_attention_cache, refuse_continuous_batching
 from dare_hf.compat import warn_untested
-from dare_hf.engine.attention_functions import watch_layers
+from dare_hf.engine.attention_functions import reads_positions, watch_layers
 from dare_hf.engine.controller import Controller
 from dare_hf.engine.generate import routed_generate
+from dare_hf.engine.masks import is_flash
 from dare_hf.engine.methods import current, named, passed, positional
 from dare_hf.engine.peft_places import check_places
 from dare_hf.engine.routed_layer import LayerState, routed_forward
@@ -148,6 +149,7 @@ def attach(target: Any, controller: Controller, undo: UndoRecord, owner: Owner) 
             causal=bool(getattr(attention_of(layer), "is_causal", True)),
             sees_all=sees_all(attention_of(layer), anatomy.text_config),
             mean=head_mean(shared_heads(attention_of(layer), target)),
+            reads_positions=reads_positions(attention_of(layer)),
         )
         undo.set(layer, "_dare", layer_state)
         undo.set(attention_of(layer), "_dare", layer_state)
@@ -156,10 +158,15 @@ def attach(target: Any, controller: Controller, undo: UndoRecord, owner: Owner) 
 
 
 def watch_attention(state: ModelState, settings: Settings) -> None:
-    """Let attention be read where these settings need it."""
-    if settings.observes:
-        controller = state.controller
-        watch_layers(controller.anatomy.layers, controller.base_implementation, state.undo)
+    """Let attention be read where these settings need it.
+
+    And where flash attention must not be handed the positions that its module reads.
+    """
+    layers, implementation = state.controller.anatomy.layers, state.controller.base_implementation
+    if not settings.observes:
+        flash = is_flash(implementation)
+        layers = [layer for layer in layers if flash and reads_positions(attention_of(layer))]
+    watch_layers(layers, implementation, state.undo)
 
 
 def _notes(anatomy: Anatomy, exempt: Mapping[int, int]) -> list[str]:

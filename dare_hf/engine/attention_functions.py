@@ -7,6 +7,7 @@ mask function of the same name is registered with it: without one, masks vanish 
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,11 @@ def _watched(config: Any, implementation: str) -> View:
     return View(config, observed_name(implementation))
 
 
+def reads_positions(attention: nn.Module) -> bool:
+    """Whether an attention computes with `position_ids` itself (a scale by position)."""
+    return "position_ids" in inspect.signature(type(attention).forward).parameters
+
+
 def observed_name(implementation: str) -> str:
     """Name of the observing twin of an attention implementation; registered on first use."""
     name = PREFIX + implementation
@@ -124,6 +130,10 @@ def _observing(implementation: str) -> Any:
         caller = View(module, implementation) if "flash" in implementation else module
         if state is None or not (state.watching or is_marked(attention_mask)):
             return function(caller, query, key, value, attention_mask, *args, **kwargs)
+        if "flash" in implementation and state.controller.context is not None:
+            # gaps in the ids of one row would be read as packed sequences (transformers 5.23,
+            # modeling_flash_attention_utils._is_packed_sequence); RoPE is already computed
+            kwargs["position_ids"] = None
         tensors = (query, key, value)
         softmax = _softmax(query, state.mean, kwargs)
         call = AttentionCall(softmax, kwargs.get("sliding_window"), attention_mask)

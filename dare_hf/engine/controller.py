@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from dare_hf.architectures.locate import Anatomy
+    from dare_hf.engine.plan import Plan
     from dare_hf.engine.settings import Settings
     from dare_hf.forward.facts import ForwardContext
     from dare_hf.forward.generation_call import GenerationCall
@@ -132,6 +133,12 @@ class Controller(Configured):
         least = self.exempt.get(layer)
         return least is not None and context.past + context.length >= least
 
+    def plan_before(self, layer: int, context: ForwardContext) -> Plan | None:
+        """The last plan before `layer` of one that could choose: others bring nothing back."""
+        while layer > 0 and self.is_exempt(layer - 1, context):
+            layer -= 1
+        return context.plans.get(layer - 1)
+
     def captures(self, layer: int, context: ForwardContext) -> bool:
         """Whether the attention of `layer` is needed to score the layer after it."""
         after = layer + 1
@@ -141,7 +148,7 @@ class Controller(Configured):
             return False
         if self.stores_scores(after):
             return True
-        return bool(self.planner.prunes(context, after, context.plans.get(layer)))
+        return bool(self.planner.prunes(context, after, self.plan_before(after, context)))
 
     def find_context(self, kwargs: Mapping[str, Any]) -> ForwardContext | None:
         """The open forward, or the closed one that gradient checkpointing repeats a layer of."""
@@ -307,7 +314,7 @@ class Controller(Configured):
         ended = not self._local.whole and context.span_ends is not None and not any(context.sampled)
         left: list[Compaction] = []
         with nullcontext() if cache is None else cache.all_or_nothing():
-            close_context(context, entry.kwargs, self.rules)
+            close_context(context)
             note_span(context, LedgerRules(self.config, self.table, self.exempt))
             recorder.read(context)
             if self.config.max_kv_tokens is not None and cache is not None and ended:

@@ -114,6 +114,8 @@ def routed_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     ids = given.get("input_ids", given.get("inputs"))
     check_new_images(model, call.start, ids, controller.rules.vision_ids)
     call.continues = _continues(model, given, config)
+    if kwargs.get(CACHE) is not None:
+        kwargs[CACHE].drafts = bool(getattr(config, "is_assistant", False))
     if kwargs.get("streamer") is not None:
         kwargs["streamer"] = _CountedStreamer(kwargs["streamer"], controller, call)
     if loop is not None:

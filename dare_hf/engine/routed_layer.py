@@ -9,7 +9,7 @@ import torch
 
 from dare_hf.compat import CACHE
 from dare_hf.engine import step
-from dare_hf.engine.masks import gather_mask
+from dare_hf.engine.masks import gather_mask, is_flash
 from dare_hf.engine.plan import Plan, keep_all
 from dare_hf.forward.facts import KeyView
 from dare_hf.hops.in_forward import restrict
@@ -43,6 +43,7 @@ class LayerState:
         causal: What a None mask means in this layer.
         sees_all: Whether a token sees every real one before it: no window, no chunks.
         mean: Over all heads of this layer, where this process holds some.
+        reads_positions: Whether its attention computes with position ids itself.
     """
 
     controller: Controller
@@ -52,6 +53,7 @@ class LayerState:
     causal: bool = True
     sees_all: bool = False
     mean: HeadMean = local_mean
+    reads_positions: bool = False
 
     @property
     def source(self) -> int:
@@ -90,7 +92,8 @@ class LayerState:
                 running = context.columns[:, -tensors[0].shape[2] :]
                 dense = context.plans[self.index].live is None
                 slot = context.cache.layer(self.index)
-                push_queries(slot, tensors[0], running, call, dense=dense)
+                sampled = max(context.sampled)
+                push_queries(slot, tensors[0], running, call, sampled=sampled, dense=dense)
 
     def _watched(self) -> ForwardContext | None:
         context = self.controller.context
@@ -150,7 +153,7 @@ def _plan_for(layer: nn.Module, state: LayerState, context: ForwardContext, hidd
         context.plans[index] = plan = plan if width == context.length else plan.tail(context, width)
         return plan
     source = controller.table.plan_layers[index]
-    before = context.plans.get(index - 1)
+    before = controller.plan_before(index, context)
     if controller.is_exempt(index, context) and not controller.config.multiplies:
         plan = keep_all(context)
     elif source != index and source in context.plans and not controller.is_exempt(source, context):
@@ -278,10 +281,9 @@ def _gather_kwargs(
     for name, dim in dims.items():
         if kwargs.get(name) is not None and plan.index is not None:
             result[name] = _remembered(plan, plan.index, name, kwargs[name], dim)
-    implementation = state.controller.base_implementation
-    if "flash" in implementation and "position_ids" in result:
-        # gaps in the ids of one row would be read as packed sequences (transformers 5.23,
-        # modeling_flash_attention_utils._is_packed_sequence); RoPE is already computed
+    flash = is_flash(state.controller.base_implementation)
+    if flash and "position_ids" in result and not state.reads_positions:
+        # it would read gaps as packed sequences (see `attention_functions`)
         result["position_ids"] = None
     result["attention_mask"] = _mask(state, context, plan, kwargs)
     return result

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dare_hf.cache.log import PAD, UNWRITTEN
 from dare_hf.errors import DareConfigError
 
 if TYPE_CHECKING:
@@ -46,15 +47,28 @@ def _encode(text: str, processor: Any) -> tuple[int, ...]:
     return ids
 
 
-def delimiter_ends(ids: Tensor, tail: Tensor | None, sequences: Sequence[Sequence[int]]) -> Tensor:
-    """Bool[B, S]: where a delimiter sequence ends in `ids`, looking back into `tail`.
+def written_ids(ids: Tensor | None, sampled: Tensor, modality: Tensor) -> Tensor:
+    """Long[B, S]: ids of sampled tokens, PAD at pads and UNWRITTEN at all others."""
+    others = torch.where(modality == PAD, PAD, UNWRITTEN).long()
+    return others if ids is None else torch.where(sampled & (modality != PAD), ids, others)
+
+
+def delimiter_ends(
+    written: Tensor, before: Tensor | None, sequences: Sequence[Sequence[int]], *, padded: bool
+) -> Tensor:
+    """Bool[B, S]: where a delimiter sequence ends; pads between its ids do not break it.
 
     Args:
-        ids: [B, S] sampled ids of this forward.
-        tail: [B, n] the sampled ids before them, None when there are none.
+        written: Long[B, S] ids of sampled tokens, as `written_ids` gives them.
+        before: Long[B, n] the last ones before them, None when there are none.
         sequences: Delimiters as id sequences.
+        padded: Whether there may be pads among `written`.
     """
-    joined = ids if tail is None else torch.cat([tail, ids], dim=1)
+    joined = written if before is None else torch.cat([before, written], dim=1)
+    order = None
+    if padded:
+        order = (joined != PAD).byte().argsort(dim=1, stable=True)
+        joined = joined.gather(1, order)
     found = torch.zeros_like(joined, dtype=torch.bool)
     for sequence in sequences:
         length = len(sequence)
@@ -64,4 +78,6 @@ def delimiter_ends(ids: Tensor, tail: Tensor | None, sequences: Sequence[Sequenc
         for offset, token in enumerate(sequence):
             match &= joined[:, offset : joined.shape[1] - length + 1 + offset] == token
         found[:, length - 1 :] |= match
-    return found[:, joined.shape[1] - ids.shape[1] :]
+    if order is not None:
+        found = torch.zeros_like(found).scatter(1, order, found)
+    return found[:, joined.shape[1] - written.shape[1] :]

@@ -55,7 +55,11 @@ class ForwardContext:
         closing: Per row the logical positions at which a hop closes in this forward.
         span_ends: Per row the logical position at which the prompt's hop 0 ends; None while it
             goes on.
-        injected: Whether the span came after other tokens: an injection or a new chat turn.
+        spans: Per row the logical columns [start, end) of its part of a span that came after other
+            tokens: an injection or a new chat turn.
+        gaps: Per row those after its prompt that hold no token of it.
+        written: Long[B, S] ids of sampled tokens (`written_ids`); None where no delimiter has
+            several ids.
         head_rows: Rows the language-model head computes.
         plans: Per layer the plan it ran with.
         keys: What other layers read of a layer's keys, by its index.
@@ -88,7 +92,9 @@ class ForwardContext:
     forced: Tensor | None = None
     always: Tensor | None = None
     span_ends: list[int] | None = None
-    injected: bool = False
+    spans: list[list[tuple[int, int]]] = field(default_factory=list)
+    gaps: list[list[tuple[int, int]]] = field(default_factory=list)
+    written: Tensor | None = None
     plans: dict[int, Plan] = field(default_factory=dict)
     keys: dict[int, KeyView] = field(default_factory=dict)
     cached_before: dict[int, list[int]] = field(default_factory=dict)

@@ -8,7 +8,7 @@ import torch
 
 from dare_hf.cache.hop_counters import HopCounters, counters_of
 from dare_hf.errors import DareInputError
-from dare_hf.forward.delimiters import delimiter_ends
+from dare_hf.forward.delimiters import delimiter_ends, written_ids
 from dare_hf.forward.facts import ForwardContext
 from dare_hf.forward.modality import check_mask, resolve_span
 from dare_hf.forward.token_rules import forced_of
@@ -55,6 +55,7 @@ def open_context(
     if source is None:
         raise DareInputError("expected input_ids or inputs_embeds; got neither")
     past = cache.get_seq_length() if cache is not None else 0
+    _check_mask(arguments.get("attention_mask"), past, source.shape[1])
     state = HopCounters()
     if cache is not None:
         cache.hop_counters = cache.hop_counters or state
@@ -62,6 +63,21 @@ def open_context(
     state.ensure(source.shape[0])
     reader = _Reader(arguments, source, past, cache, rules, call, state)
     return reader.decode() if reader.all_sampled else reader.span()
+
+
+def _check_mask(mask: Any, past: int, length: int) -> None:
+    """Refuse a mask of fewer columns than the sequence has with this forward's.
+
+    transformers fills one up with zeros, which hides the new tokens from each other. And a forward
+    that is repeated although the cache holds its tokens is known by its mask.
+    """
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] < past + length:
+        raise DareInputError(
+            f"attention_mask: expected [batch, {past + length}], over the {past} tokens in the "
+            f"cache and {length} new ones; got {mask.shape[1]} columns. Where a forward hook of "
+            "the model raised after its forward, the cache has those tokens: crop it by their "
+            "number before the forward is repeated"
+        )
 
 
 class _Reader:
@@ -100,13 +116,14 @@ class _Reader:
         """A forward of sampled tokens only: no device-to-host copy unless delimiters need one."""
         modality = self._vision_of_ids(self.ids).to(torch.int8)
         valid = self._padding() if self.call is None else None
-        sampled = [self.length] * self.batch
-        if valid is not None:
-            sampled = valid.sum(1).tolist()
-            valid = None if min(sampled) == self.length else valid
+        real = [[True] * self.length] * self.batch if valid is None else valid.tolist()
+        sampled = [sum(row) for row in real]
+        if min(sampled) == self.length:
+            valid = None
         if valid is not None:
             modality = modality.masked_fill(~valid, PAD)
-        closing = self._closings(valid)
+        written = self._written(modality, valid)
+        closing = self._closings(written, valid)
         hops = self.state.open_hops()
         nothing = [[0, 0] for _ in range(self.batch)]
         return self._context(
@@ -118,6 +135,8 @@ class _Reader:
             forced_counts=nothing,
             sampled=sampled,
             closing=closing,
+            written=written,
+            gaps=self._pads(real),
         )
 
     def span(self) -> ForwardContext:
@@ -132,25 +151,30 @@ class _Reader:
         if valid is not None:
             modality = modality.masked_fill(~valid, PAD)
         span = (modality >= 0) & ~sampled_at
-        continues = self.in_prompt and self.call.start < self.past
-        injected = self.past > 0 and not continues
-        forced = self._forced(modality, span, injected)
-        rows = self._host_counts(modality, span, forced, sampled_at)
+        start = self.call.start if self.in_prompt else self.past
+        before = self._since(start)
+        forced = forced_of(modality, span, self.ids, self.rules, before)
+        rows = self._host_counts(modality, span, forced, sampled_at, before)
         counts = [[r[0], r[1]] for r in rows]
-        if injected:
-            for row in (i for i, c in enumerate(counts) if sum(c)):
-                self.state.cut(row, self.past - 1)
+        if start:
+            for row in (i for i, r in enumerate(rows) if r[0] + r[1] and not r[8]):
+                self.state.cut(row, self.past, self.past + rows[row][6])
         hops = self.state.open_hops()
+        written = self._written(modality, sampled_at)
         closing: list[list[int]] = [[] for _ in rows]
         if any(r[4] for r in rows):
-            closing = self._closings(sampled_at if valid is None else sampled_at & valid)
+            able = sampled_at if valid is None else sampled_at & valid
+            closing = self._closings(written, able)
         token_hop = self._token_hops(hops, closing)
         if any(r[4] for r in rows):
             opened = torch.tensor([[h == 0] for h in hops], device=self.device)
             token_hop = token_hop + (sampled_at & opened)
-        ends = self.past == 0 or not continues
+        ends = self.past == 0 or bool(start)
         if self.call is not None:
             ends = self.past + self.length >= self.call.prompt_length
+        spans, gaps = self._stretches(rows) if start else ([], [])
+        if valid is not None and isinstance(self.first, torch.Tensor):
+            gaps = self._pads(valid.tolist())  # of written text, whose sampled part may be padded
         return self._context(
             modality=modality,
             token_hop=token_hop,
@@ -163,8 +187,33 @@ class _Reader:
             sampled=[r[4] for r in rows],
             closing=closing,
             span_ends=self._span_ends() if ends else None,
-            injected=injected,
+            spans=spans,
+            gaps=gaps,
+            written=written,
         )
+
+    def _since(self, start: int) -> Tensor | None:
+        """Long[B]: real tokens of this span that earlier chunks brought; None in the first."""
+        if self.past == start or self.cache is None:
+            return None
+        return (self.cache.log.modality[:, start:] >= 0).sum(1).to(self.device)
+
+    def _pads(self, real: list[list[bool]]) -> list[list[tuple[int, int]]]:
+        """Per row the logical columns [start, end) of its pads, one by one."""
+        return [
+            [(self.past + i, self.past + i + 1) for i, is_real in enumerate(row) if not is_real]
+            for row in real
+        ]
+
+    def _stretches(self, rows: list[list[int]]) -> tuple[list[Any], list[Any]]:
+        """Per row the columns of its part of a span, and those that hold no token of it."""
+        spans, gaps, past = [], [], self.past
+        end = past + (self.first if isinstance(self.first, int) else self.length)
+        for row in rows:
+            first, last = past + min(row[6], end - past), past + max(row[7] + 1, 0)
+            spans.append([(first, last)] if first < last else [])
+            gaps.append([(past, first), (last, end)] if first < last else [(past, end)])
+        return spans, gaps
 
     def _check_labels(self, sampled_at: Tensor) -> None:
         """Refuse supervision that only the training forward can route as generate would."""
@@ -246,52 +295,74 @@ class _Reader:
         rows = self.batch // part.shape[0]
         return (part.to(self.device) > 0).repeat_interleave(rows, dim=0)
 
-    def _forced(self, modality: Tensor, span: Tensor, injected: bool) -> Tensor:
-        """Bool[B, S]: span tokens that no selection may drop."""
-        before = None
-        if self.past and not injected and self.cache is not None:
-            before = (self.cache.log.modality >= 0).sum(1).to(self.device)
-        return forced_of(modality, span, self.ids, self.rules, before)
-
-    @staticmethod
     def _host_counts(
-        modality: Tensor, span: Tensor, forced: Tensor, sampled_at: Tensor
+        self, modality: Tensor, span: Tensor, forced: Tensor, sampled_at: Tensor, before: Any
     ) -> list[list[int]]:
-        """The span forward's one device-to-host copy: six counts per row."""
+        """The span forward's one device-to-host copy: nine numbers per row.
+
+        Text and vision tokens of the span, the same of the forced ones, sampled tokens, pads, the
+        span's first and last column, its tokens in earlier chunks.
+        """
         kinds = [modality == TEXT, modality == VISION]
         parts = [span & kind for kind in kinds] + [forced & kind for kind in kinds]
         parts += [sampled_at & (modality >= 0), modality < 0]
-        return torch.stack([part.sum(1) for part in parts], dim=1).tolist()
+        columns = torch.arange(self.length, device=self.device)
+        ends = [torch.where(span, columns, self.length).amin(1)]
+        ends += [torch.where(span, columns, -1).amax(1)]
+        ends += [torch.zeros_like(ends[0]) if before is None else before]
+        return torch.stack([part.sum(1) for part in parts] + ends, dim=1).tolist()
 
-    def _closings(self, sampled: Tensor | None) -> list[list[int]]:
+    def _written(self, modality: Tensor, sampled: Tensor | None) -> Tensor | None:
+        """Long[B, S] what a later part of a delimiter must know; None where none looks back."""
+        if not self.rules.looks_back:
+            return None
+        return self.ids if sampled is None else written_ids(self.ids, sampled, modality)
+
+    def _closings(self, written: Tensor | None, sampled: Tensor | None) -> list[list[int]]:
         """Per row the logical positions at which sampled tokens of this forward close a hop.
 
         Args:
+            written: What `_written` made of this forward.
             sampled: Bool[B, S] sampled real tokens; None when all new tokens are.
         """
-        rules, state = self.rules, self.state
+        rules = self.rules
         closing: list[list[int]] = [[] for _ in range(self.batch)]
         if not rules.closes_hops:
             return closing
-        ends = torch.zeros(self.ids.shape, dtype=torch.bool, device=self.device)
-        if rules.delimiters:
-            ids = self.ids if sampled is None else self.ids.masked_fill(~sampled, -1)
-            ends = delimiter_ends(ids, state.written(self.past), rules.delimiters)
-        able = torch.ones_like(ends) if sampled is None else sampled
-        flags = torch.stack([ends & able, able]).tolist() if self._must_look(sampled) else None
+        flags = None
+        if self._must_look(sampled):
+            able = torch.ones_like(self.ids, dtype=torch.bool) if sampled is None else sampled
+            flags = torch.stack([self._delimited(written, able), able]).tolist()
         for row in range(self.batch):
-            last = state.ends[row][-1] if state.ends[row] else None
+            since = self.state.since(row, self.past)
             for column in range(self.length):
                 if flags is not None and not flags[1][row][column]:
                     continue
-                position = self.past + column
-                last = position - 1 if last is None else last
-                since = position - last - state.injected_between(last, position)
+                since += 1
                 full = rules.window is not None and since >= rules.window
                 if full or (flags is not None and flags[0][row][column]):
-                    last = position
-                    closing[row].append(last)
+                    closing[row].append(self.past + column)
+                    since = 0
         return closing
+
+    def _delimited(self, written: Tensor | None, able: Tensor) -> Tensor:
+        """Bool[B, S]: the sampled tokens that end a delimiter."""
+        rules = self.rules
+        if not rules.delimiters:
+            return torch.zeros_like(able)
+        if self.ids is None:
+            raise DareInputError(
+                "expected input_ids of sampled tokens, in which hop delimiters are found; got "
+                "inputs_embeds alone. Pass input_ids"
+            )
+        if written is None:
+            return able & delimiter_ends(self.ids, None, rules.delimiters, padded=False)
+        before = None if self.cache is None else self.cache.log.last_written(rules.looks_back)
+        if before is not None:
+            before = before.to(self.device)
+        return able & delimiter_ends(
+            written, before, rules.delimiters, padded=written is not self.ids
+        )
 
     def _must_look(self, sampled: Tensor | None) -> bool:
         """Whether closings depend on what is on the device; a window alone is host arithmetic."""

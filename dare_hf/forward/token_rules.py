@@ -45,6 +45,11 @@ class TokenRules:
         """Whether sampled tokens can close a hop at all."""
         return bool(self.delimiters) or self.window is not None
 
+    @property
+    def looks_back(self) -> int:
+        """Sampled ids before a forward that a delimiter may begin with."""
+        return max((len(sequence) for sequence in self.delimiters), default=1) - 1
+
 
 def forced_of(
     modality: Tensor, span: Tensor, ids: Any, rules: TokenRules, before: Tensor | None = None

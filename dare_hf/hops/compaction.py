@@ -90,6 +90,9 @@ def compact(
         found, decided = _begin_hops(cache, rules, due, expanders)
         # Nothing fails between these two: a hop is served when what it leaves is decided.
         state.compacted, state.ledgers = served, found.ledgers
+        for row, hop in enumerate(due):
+            if hop and any(part.kept[row] < part.layer.kept_host[row] for part in decided):
+                state.thinned[row].append(hop)
         cache.decide(decided)
         if note is not None:
             note(found)

@@ -61,8 +61,8 @@ class LedgerRules:
             if least is None or length < least:
                 budgets = span_budgets(self.table, layer, hops, counts, equal=equal)
                 own = list(map(kept_counts, budgets, forced, available))
-            if self.config.pruned == "drop":
-                available = own
+                # a layer that keeps everything brings nothing back
+                available = own if self.config.pruned == "drop" else whole
             kept.append(own)
         return kept
 

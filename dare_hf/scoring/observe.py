@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from dare_hf.cache.ring import QueryRing
+from dare_hf.cache.ring import RING, WINDOW, QueryRing
+from dare_hf.errors import DareStateError
 from dare_hf.routing.scores import attention_scores
 
 if TYPE_CHECKING:
@@ -18,10 +19,6 @@ if TYPE_CHECKING:
     from dare_hf.routing.scores import Softmax
 
     Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-WINDOW = 32
-# Queries a layer remembers: the window, and as many again that a hop may have closed before.
-RING = 2 * WINDOW
 
 
 class AttentionCall(NamedTuple):
@@ -39,27 +36,37 @@ class AttentionCall(NamedTuple):
 
 
 def push_queries(
-    slot: DareLayer, query: Tensor, columns: Tensor, call: AttentionCall, *, dense: bool
+    slot: DareLayer,
+    query: Tensor,
+    columns: Tensor,
+    call: AttentionCall,
+    *,
+    sampled: int,
+    dense: bool,
 ) -> None:
     """Remember the layer's last queries for the scores of hops that close later.
+
+    A hop may have closed before any of the forward's sampled tokens, and all of them but the first
+    may be rejected: the window before them is remembered too.
 
     Args:
         slot: The layer's cache.
         query: [B, H, K, d] of the running tokens.
         columns: Long[B|1, K] their logical positions, -1 for fills and pads.
         call: How their attention is called.
+        sampled: How many of them were sampled, in the row that has most.
         dense: Whether none is -1.
     """
     ring = slot.ring or QueryRing.empty(query, call.softmax)
     columns = columns.to(query.device).expand(query.shape[0], -1)
-    slot.ring = ring.pushed(query, columns, RING, dense=dense)
+    slot.ring = ring.pushed(query, columns, max(RING, WINDOW + sampled), dense=dense)
 
 
 def push_next(slot: DareLayer, query: Tensor, past: int, call: AttentionCall) -> None:
     """Remember the queries [B, H, 1, d] of every row's next token, at logical position `past`."""
     if slot.ring is None:
         slot.ring = QueryRing.empty(query, call.softmax)
-    slot.ring.note(query, past, RING)
+    slot.ring = slot.ring.noted(query, past, RING)
 
 
 def observed_scores(
@@ -88,8 +95,19 @@ def ring_scores(
     closed: Tensor,
     ends: list[int],
 ) -> Tensor:
-    """Float32[B, C]: keys and values at logical `where` scored by the last queries up to `ends`."""
-    last = ring.until(torch.tensor(ends).to(where.device, non_blocking=True), WINDOW)
+    """Float32[B, C]: keys and values at logical `where` scored by the last queries up to `ends`.
+
+    Raises:
+        DareStateError: A crop has taken some of them.
+    """
+    until = torch.tensor(ends).to(where.device, non_blocking=True)
+    last = ring.until(until, WINDOW)
+    if ring.short(last, until):
+        raise DareStateError(
+            f"hop_score='observed': expected the last {WINDOW} queries of the hop that has closed, "
+            f"which score what it keeps; a crop of more than {RING - WINDOW} tokens has taken "
+            "some. Start with a new DareCache, or set hop_score='stored'"
+        )
     seen = (where[:, None, :] <= last.positions[:, :, None]) & (where >= 0)[:, None, :]
     there = last.positions >= 0
     shown = (seen[:, None], there, closed)

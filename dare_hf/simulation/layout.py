@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from dare_hf.errors import DareInputError
-from dare_hf.forward.delimiters import delimiter_ends
+from dare_hf.forward.delimiters import delimiter_ends, written_ids
+from dare_hf.routing.kinds import PAD, TEXT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,8 +73,8 @@ def read_layout(
                 "expected input_ids beside labels, in which hop delimiters are found; got "
                 "inputs_embeds alone. Pass hop_ids [batch, tokens] as well"
             )
-        written = ids.cpu().masked_fill(~sampled, -1)
-        ends = delimiter_ends(written, None, rules.delimiters)
+        written = written_ids(ids.cpu(), sampled, torch.where(real, TEXT, PAD))
+        ends = delimiter_ends(written, None, rules.delimiters, padded=True)
     rows = zip(sampled.tolist(), real.tolist(), ends.tolist(), strict=True)
     found = [_derive_row(*row, rules.window) for row in rows]
     hop = torch.tensor([hops for hops, _ in found], dtype=torch.int32)

@@ -59,7 +59,9 @@ def open_simulation(arguments: Mapping[str, Any], controller: Controller) -> For
     valid = padding_of(arguments, batch, length, 0, source.device)
     real = torch.ones(batch, length, dtype=torch.bool) if valid is None else valid
     layout = read_layout(ids, labels, hop_ids, real, controller.rules)
-    if controller.routers is None and hop_ids is None and not layout.injects:
+    compact = controller.routers is None and hop_ids is None and not layout.injects
+    _check_length(controller, length, layout, compact=compact)
+    if compact:
         return None
     _check(controller, batch)
     context = _context(arguments, source, valid, layout, controller.rules)
@@ -78,6 +80,24 @@ def open_simulation(arguments: Mapping[str, Any], controller: Controller) -> For
         controller.anatomy.sources,
     )
     return context
+
+
+def _check_length(controller: Controller, length: int, layout: Layout, *, compact: bool) -> None:
+    """Refuse a length from which on layers keep everything, which only step-by-step runs know.
+
+    One forward over a whole sequence cannot tell what its prompt alone would have been: only where
+    that is as long does the compact path do the same.
+    """
+    least = min((n for n in controller.exempt.values() if n), default=length + 1)
+    prompts = (~layout.sampled).int().cumprod(1).sum(1)
+    if length < least or (compact and int(prompts.min()) >= least):
+        return
+    raise DareInputError(
+        f"labels, hop_ids: expected fewer than {least} tokens a row, since from there on layers of "
+        "this model keep everything (their attention scales a query by its place among those it is "
+        f"given), which one forward over all hops does not follow; got {length}. Shorten the rows, "
+        "or run this forward inside `with dare_disabled(model)`"
+    )
 
 
 def _check(controller: Controller, batch: int) -> None:
