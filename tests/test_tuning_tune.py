@@ -1,6 +1,8 @@
 """tune: what it chooses, what it writes, what it promises, and that a killed run goes on."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,7 +102,8 @@ def test_random_weights_promise_nothing_beyond_the_rows(seen):
 
 
 def test_where_nothing_pays_there_is_no_configuration(seen, tmp_path):
-    model, file, out, _ = seen
+    model, file, earlier, _ = seen
+    out = Path(shutil.copytree(earlier, tmp_path / "out"))
     found = tune(str(model), file, target="flops=0.01", fields=ONE_FAMILY)
     assert found.config is found.promise is found.chosen is None
     assert "Nothing pays" in found.reason

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ from dare_hf.cli.console import AsJson, one_line_errors, progress
 from dare_hf.errors import DareInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 # Options that several of them have.
 Model = Annotated[str, typer.Argument(help="Folder or hub id of a model; anole, volcano.")]
@@ -91,13 +92,10 @@ def tune(
     100 x (1 - agreement); its 95 % interval is the promise.
     """
     with one_line_errors():
-        from transformers.utils import logging
-
         from dare_hf.tuning import tune as tune_rows
 
         _quiet(model)
-        logging.set_verbosity_error()  # what configurations on trial warn of is in the table
-        with progress() as tell:
+        with _errors_only(), progress() as tell:
             found = tune_rows(
                 model,
                 data,
@@ -196,6 +194,19 @@ def refuse_given(options: Mapping[str, object], data: bool) -> None:
     if given:
         other = "without --data" if data else "with --data"
         raise DareInputError(f"{', '.join(given)}: expected {other} only")
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """No warnings: what configurations on trial warn of is in the table."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _quiet(model: str) -> None:
