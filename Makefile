@@ -13,7 +13,7 @@ CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,compat tiny_models laws_id
 	laws_padding laws_remove laws_bytes cache_in_hf generate_modes hops hop_loop hop_chat box_refocus interleaved \
 	peft_lifecycle peft_lora trainer checkpoints conformance demo tiny_anole tiny_volcano))
 
-.PHONY: demo test fuzz soak test-all test-extras test-oldest test-newest report-newest lint types arrows docs wheel ci
+.PHONY: demo test fuzz soak mutants test-all test-extras test-oldest test-newest report-newest lint types arrows docs wheel ci
 
 demo: $(READY) ; HF_HUB_OFFLINE=1 $(BIN)/dare-hf demo
 test: $(READY) ; $(TESTS) -m "not slow"
@@ -21,6 +21,8 @@ test: $(READY) ; $(TESTS) -m "not slow"
 fuzz: $(READY) ; $(BIN)/python scripts/fuzz.py $(FUZZ)
 # Random runs against the laws; SOAK="--n 500 --seed 3" for others, SOAK="--only 1234" for one.
 soak: $(READY) ; $(BIN)/python scripts/soak.py $(SOAK)
+# Small changes of the code that decides what is kept, each to be noticed by a test; hours. MUTANTS="--n 20 --seed 3".
+mutants: .venv/coverage ; PYTHONPATH=$(CURDIR)/.venv/coverage $(BIN)/python scripts/mutate.py --out .venv/mutants.jsonl --lines .venv/lines.json $(MUTANTS)
 test-all: $(READY) ; $(TESTS)
 test-extras: .venv/extras ; HF_HUB_OFFLINE=1 PYTHONPATH=$(CURDIR)/.venv/extras $(TESTS) -m extras
 test-oldest: .venv/oldest
@@ -50,6 +52,10 @@ $(READY): pyproject.toml constraints.txt
 
 .venv/extras: $(READY)
 	$(BIN)/python -m pip install -c constraints.txt --no-deps --target $@ $(EXTRAS)
+	touch $@
+
+.venv/coverage: $(READY)
+	$(BIN)/python -m pip install --target $@ coverage
 	touch $@
 
 .venv/oldest: $(READY) Makefile
