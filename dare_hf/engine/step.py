@@ -55,6 +55,9 @@ def prepare(
     state: LayerState, context: ForwardContext, hidden: Tensor, kwargs: dict[str, Any]
 ) -> bool:
     """Make a layer's cache and mask ready; False where the layer needs a plan of its own."""
+    source = state.controller.table.plan_layers[state.index]
+    if source != state.index and source in context.plans:
+        return False  # its plan has scores, which are this layer's too
     if kwargs.get(CACHE) is None:
         return False
     slot = context.cache.layer(state.index)
