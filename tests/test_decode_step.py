@@ -5,10 +5,11 @@ from collections import Counter
 import pytest
 import torch
 from hop_runs import DELIMITER, LONG, SPECIAL_IDS, closing, new_tokens
-from laws import dare, generate, inputs_of, shared_model
+from laws import FP32_TOLERANCE, assert_close, dare, generate, inputs_of, shared_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dare_hf import DareConfig, apply_dare, last_report, register_scorer, remove_dare
+from dare_hf import DareCache, DareConfig, apply_dare, last_report, register_scorer, remove_dare
+from dare_hf.cache import DareLayer
 from dare_hf.compat import CACHE
 from dare_hf.engine import step as quick
 
@@ -139,3 +140,50 @@ def test_a_step_falls_back_where_a_layer_needs_its_mask(monkeypatch):
     assert taken[True, True] > 0
     assert taken[False, False] > 0
     assert taken[True, False] == 0
+
+
+@pytest.mark.parametrize("way", ["generate", "bare"])
+@pytest.mark.parametrize("name", ["llava", "chameleon"])
+def test_a_mask_that_hides_earlier_words_hides_them_from_steps_too(name, way, monkeypatch):
+    """A later turn may hide words of the one before: such a mask says more than where pads are."""
+    model = shared_model(name)
+    inputs = inputs_of(model, (0, 0))
+    size = inputs["input_ids"].shape[1]
+    fields = {"scorer": "attention", "text_retention": 0.6, "schedule": "constant"}
+
+    def later(hide: bool) -> list[torch.Tensor]:
+        cache = DareCache()
+        with dare(model, **fields):
+            first = generate(model, inputs, **{CACHE: cache}, max_new_tokens=3)
+            ids = torch.cat([first.sequences, torch.tensor([[20, 21], [22, 23]])], dim=1)
+            mask = torch.ones_like(ids)
+            mask[:, :size] = inputs["attention_mask"]
+            if hide:
+                mask[:, size - 3 : size + 1] = 0
+            given = {"input_ids": ids, "attention_mask": mask}
+            if way == "generate":
+                return list(generate(model, given, **{CACHE: cache}, max_new_tokens=5).logits)
+            found = []
+            with torch.no_grad():
+                for step in range(4):
+                    wide = torch.cat([mask[:, : size + 2], mask.new_ones(2, step + 1)], dim=1)
+                    new = {"input_ids": torch.tensor([[30 + step], [40]]), "attention_mask": wide}
+                    found.append(model(**new, **{CACHE: cache}, use_cache=True).logits[:, -1])
+            return found
+
+    ours, seeing = later(hide=True), later(hide=False)
+    assert max((a - b).abs().max() for a, b in zip(ours, seeing, strict=True)) > 1e-2
+    monkeypatch.setattr("dare_hf.engine.controller.is_step", lambda *args, **kwargs: False)
+    for left, right in zip(ours, later(hide=True), strict=True):
+        assert_close(left, right, tolerance=FP32_TOLERANCE, what=name)
+
+
+def test_the_mask_of_steps_follows_the_rows():
+    """Repeated where every column is a token: no table tells one mask from the other."""
+    layer = DareLayer()
+    keys = torch.zeros(2, 1, 3, 4)
+    layer.stage(None, 3, [3, 3])
+    layer.update(keys, keys)
+    assert layer.visible().shape == (2, 1, 1, 4)
+    layer.batch_repeat_interleave(2)
+    assert layer.visible().shape == (4, 1, 1, 4)

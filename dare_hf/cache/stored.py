@@ -78,7 +78,8 @@ class StoredColumns:
         """Bool[B, 1, 1, width + 1]: the columns a next token sees where it sees all, and itself."""
         table = self._table
         made, mask = self._visible if self._visible is not None else (None, None)
-        if made is not table.pos or mask is None or mask.shape[3] <= self.width:
+        fits = mask is not None and mask.shape[0] == self.rows and mask.shape[3] > self.width
+        if mask is None or not fits or made is not table.pos:
             columns = self.width + 1 + _MASK_ROOM
             mask = torch.ones(self.rows, 1, 1, columns, dtype=torch.bool, device=table.device)
             if table.pos is not None:

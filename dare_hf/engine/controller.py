@@ -18,7 +18,13 @@ from dare_hf.engine.configured import Configured
 from dare_hf.engine.recorded_graph import check_recorded
 from dare_hf.engine.recorder import NewestRun, Recorder
 from dare_hf.engine.settings import stored_shapes
-from dare_hf.engine.step import MOST_UNSCORED, is_step, most_unscored, score_later
+from dare_hf.engine.step import (
+    MOST_UNSCORED,
+    hides_pads_only,
+    is_step,
+    most_unscored,
+    score_later,
+)
 from dare_hf.engine.thread_state import OpenForward, Repeats
 from dare_hf.forward.hop_closing import close_context
 from dare_hf.forward.inputs import open_context, without_own
@@ -202,6 +208,9 @@ class Controller(Configured):
                 self._compact(cache, recorder)
                 ends = call is not None and call.recorder is recorder
                 context.step = not inside and is_step(context, kwargs, self, ends=ends)
+                if context.step:
+                    mask = kwargs.get("attention_mask")
+                    context.hides_pads_only = hides_pads_only(context, mask, call)
                 cache.begin(step=context.step)
             if inside:
                 log = cache.log if cache is not None else TokenLog()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dare_hf.cache import DareCache, DareLayer
     from dare_hf.engine.controller import Controller
     from dare_hf.engine.routed_layer import LayerState
+    from dare_hf.forward.generation_call import GenerationCall
 
 # Hidden states are held for so many tokens of an open hop; a longer one is scored in parts.
 MOST_UNSCORED = 512
@@ -63,7 +64,7 @@ def prepare(
     slot = context.cache.layer(state.index)
     mask = kwargs.get("attention_mask")
     if mask is not None or slot.holes:
-        seen = _mask(state, slot, mask)
+        seen = _mask(state, context, slot, mask)
         if seen is None:
             return False
         kwargs["attention_mask"] = seen
@@ -75,9 +76,26 @@ def prepare(
     return True
 
 
-def _mask(state: LayerState, slot: DareLayer, mask: Any) -> Tensor | None:
+def hides_pads_only(context: ForwardContext, mask: Any, call: GenerationCall | None) -> bool:
+    """Whether the caller's mask [B, N] hides nothing but pads, asked once a generate.
+
+    A later turn may hide words of the one before; what generate adds to a mask hides nothing.
+    A bare forward is not asked, which would wait for the device: its layers gather their mask.
+    """
+    if mask is None or call is None:
+        return mask is None
+    if call.hides_pads_only is None:
+        real = context.cache.log.modality >= 0
+        shown = mask[:, : real.shape[1]].to(real.device).bool()
+        call.hides_pads_only = torch.equal(shown, real)
+    return call.hides_pads_only
+
+
+def _mask(state: LayerState, context: ForwardContext, slot: DareLayer, mask: Any) -> Tensor | None:
     """What the next token sees of the stored columns, where that is every real one; else None."""
-    given = mask is None or (isinstance(mask, torch.Tensor) and mask.dtype == torch.bool)
+    given = mask is None or (
+        context.hides_pads_only and isinstance(mask, torch.Tensor) and mask.dtype == torch.bool
+    )
     if not given or not state.sees_all or not state.controller.base_implementation.endswith("sdpa"):
         return None
     return slot.visible()

@@ -73,6 +73,7 @@ class ForwardContext:
         simulation: What a training forward runs its layers by; None on the compact path.
         capture_layer: The layer that runs now and whose attention is to be read, -1 none.
         step: Whether it only brings every row's next token, and nothing is decided in it.
+        hides_pads_only: Of a step, whether its mask is known to hide nothing but pads.
     """
 
     batch: int
@@ -107,6 +108,7 @@ class ForwardContext:
     simulation: Simulation | None = None
     capture_layer: int = -1
     step: bool = False
+    hides_pads_only: bool = False
     _local_index: Tensor | None = None
 
     @property

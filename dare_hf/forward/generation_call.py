@@ -33,6 +33,7 @@ class GenerationCall:
         started: When it began, by time.perf_counter.
         injecting: Whether the running forward brings injected columns: a span, whatever follows.
         running: Whether generate has not returned yet.
+        hides_pads_only: Whether its attention mask hides nothing but pads; None before it is asked.
     """
 
     prompt_length: int
@@ -46,6 +47,7 @@ class GenerationCall:
     started: float = field(default_factory=time.perf_counter)
     injecting: bool = False
     running: bool = True
+    hides_pads_only: bool | None = None
 
     def __deepcopy__(self, memo: Any) -> GenerationCall:
         """A copy of a cache is of the same call."""
