@@ -350,3 +350,27 @@ def test_a_crop_into_what_was_pruned_changes_nothing(left):
             for _ in range(6):
                 model(input_ids=torch.tensor([[20]]), **{CACHE: cache}, use_cache=True)
         assert cache.report.kv_bytes_predicted == cache.kv_bytes()
+
+
+def test_what_a_cap_took_before_is_gone_from_deeper_layers_too():
+    """Under "drop" forced tokens that the cap took in layer 0 are no longer in those behind it."""
+    model = shared_model("llava")
+    config = {
+        "pruned": "drop",
+        "scorer": "key_norm",
+        "hop_score": "stored",
+        "hop_budget": "pooled",
+        "max_kv_tokens": 10,
+        "prefix_tokens": 1,
+        "always_keep_token_ids": (
+            *(15, 17, 18, 19, 22, 33, 35, 38, 40, 43),
+            *(48, 54, 55, 56, 60, 65, 67, 69, 74, 89),
+        ),
+        "decode_window": 2,
+        "schedule": ((1.0, 1.0), (0.5, 0.3), (0.08, 0.08), (0.5, 0.5)),
+    }
+    cache = DareCache()
+    with dare(model, **config):
+        generate(model, inputs_of(model, (0, 1)), **{CACHE: cache}, max_new_tokens=14)
+        report = last_report(model)
+    assert report.kv_bytes == report.kv_bytes_predicted

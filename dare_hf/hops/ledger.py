@@ -76,7 +76,8 @@ class Held:
             where they compete with each other.
         least: Tokens in all, at least.
         most: Tokens in all, at most; the same number wherever counts decide.
-        capped: Whether a cap has taken from what rates had left: forced ones may be gone as well.
+        capped: Whether a cap has taken from what rates had left, here or, under "drop", in a layer
+            before: forced ones may be gone as well.
     """
 
     groups: tuple[tuple[int, int], ...] = ()
@@ -248,7 +249,8 @@ class _Step:
         most, least = most - over, min(least, most - over)
         closed = [(own[TEXT], own[VISION]) for own in kept]
         closed += [(0, 0)] * (self.hop - len(closed))
-        held = Held((*closed, *opened), least + extra, most + extra, layer.capped or over > 0)
+        capped = layer.capped or cut + over > 0
+        held = Held((*closed, *opened), least + extra, most + extra, capped)
         return held, _Shallower(kept, lost, cut + over, most)
 
     def _candidates(self) -> list[list[int]]:
