@@ -157,15 +157,10 @@ def attention_scores(
 
     Source: docs/method.md, section 2 (attention).
     """
-    batch, heads, queries, dim = query.shape
+    batch, heads, queries, _ = query.shape
     kv_heads, stored = key.shape[1], key.shape[2]
     seen = visible & query_valid[:, None, :, None]
-    with torch.autocast(query.device.type, enabled=False):
-        grouped = _wide(query).reshape(batch, kv_heads, -1, dim)
-        products = (grouped @ _wide(key).transpose(-1, -2)).view(batch, heads, queries, stored)
-    # A query that sees nothing has only -inf: softmax gives NaN there, and no mass.
-    rules = Softmax(scaling, mean, softcap, sinks)
-    mass = rules.probabilities(products, seen).masked_fill_(~seen, 0.0)
+    mass = _shares(query, key, seen, Softmax(scaling, mean, softcap, sinks))
     mass = mass.view(batch, kv_heads, heads // kv_heads, queries, stored).sum((2, 3))
     raw = mean((mass * _wide(value).norm(dim=-1)).sum(1), heads)
     raw = raw / query_valid.sum(1, keepdim=True).clamp(min=1)
@@ -196,14 +191,24 @@ def squared_attention(
 
     Source: docs/method.md, section 5 (reconstruction).
     """
+    seen = visible & query_valid[:, None, :, None]
+    return _shares(query, key, seen, rules).square_().sum(2)
+
+
+def _shares(
+    query: Float[Tensor, "batch heads queries dim"],
+    key: Float[Tensor, "batch kv_heads stored dim"],
+    seen: Bool[Tensor, "batch _ queries stored"],
+    rules: Softmax,
+) -> Float[Tensor, "batch heads queries stored"]:
+    """The share of attention a key gets from a query, by head; 0 where it is not seen."""
     batch, heads, queries, dim = query.shape
     kv_heads, stored = key.shape[1], key.shape[2]
-    seen = visible & query_valid[:, None, :, None]
     with torch.autocast(query.device.type, enabled=False):
         grouped = _wide(query).reshape(batch, kv_heads, -1, dim)
         products = (grouped @ _wide(key).transpose(-1, -2)).view(batch, heads, queries, stored)
     # A query that sees nothing has only -inf: softmax gives NaN there, and no share.
-    return rules.probabilities(products, seen).masked_fill_(~seen, 0.0).square_().sum(2)
+    return rules.probabilities(products, seen).masked_fill_(~seen, 0.0)
 
 
 def _wide(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
