@@ -15,8 +15,9 @@ from dare_hf.cache.refused import check_caches
 from dare_hf.compat import CACHE, CACHE_NAMES, checkpoints, named_cache
 from dare_hf.engine.attention_functions import check_attention
 from dare_hf.engine.configured import Configured
+from dare_hf.engine.newest_run import NewestRun
 from dare_hf.engine.recorded_graph import check_recorded
-from dare_hf.engine.recorder import NewestRun, Recorder
+from dare_hf.engine.recorder import Recorder
 from dare_hf.engine.settings import stored_shapes
 from dare_hf.engine.step import (
     MOST_UNSCORED,

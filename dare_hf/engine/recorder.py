@@ -10,7 +10,6 @@ from transformers.utils import logging
 from dare_hf.cache.hop_counters import counters_of
 from dare_hf.engine.joined_steps import Steps, plan_quick_layers
 from dare_hf.engine.peft_places import check_places
-from dare_hf.errors import DareStateError
 from dare_hf.hops.compaction import stored_counts
 from dare_hf.report.builder import ReportBuilder
 from dare_hf.report.flops import kv_bytes
@@ -36,8 +35,6 @@ _EXCESS = (
     "tokens that are always kept (first and last ones, special ones, image delimiters, the last "
     "recent_tokens of the text) go beyond a layer's budget, or batch_budget is 'equal'"
 )
-
-_WITHOUT = ", except without a report (inside dare_disabled, or a training forward)"
 
 
 def _asked(settings: Settings, table: RetentionTable) -> dict[int, str]:
@@ -392,38 +389,3 @@ def _kept(cache: DareCache, layers: int) -> list[list[int]]:
 
 def _ledgers(cache: DareCache) -> list[Ledger | None]:
     return list(counters_of(cache).ledgers) if cache.hop_counters is not None else []
-
-
-class NewestRun:
-    """The newest run of a model that has finished; a copy of the model starts without one."""
-
-    def __init__(self) -> None:
-        self._recorder: Recorder | None = None
-        self._uncounted = False
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return NewestRun, ()
-
-    def finish(self, recorder: Recorder) -> None:
-        """A run has finished."""
-        self._recorder, self._uncounted = recorder, False
-
-    def note_uncounted(self) -> None:
-        """The model runs without being counted."""
-        self._uncounted = True
-
-    def report(self) -> DareReport:
-        """Its report; a note says where the model ran again uncounted.
-
-        Raises:
-            DareStateError: There is none.
-        """
-        if self._recorder is None:
-            raise DareStateError(
-                "expected a model that has run generate or a forward since apply_dare; nothing "
-                f"has run yet{_WITHOUT if self._uncounted else ''}. Call model.generate(...) first"
-            )
-        report = self._recorder.report()
-        if self._uncounted:
-            report.notes.append(f"not the newest run: nothing has run after it{_WITHOUT}")
-        return report
