@@ -51,14 +51,14 @@ class Look(LogitsProcessor):
         gc.collect()
         longest = self.cache.kept_lengths().amax(dim=1)
         room = (1.25 * longest * ROWS + SPARE_TOKENS).sum() * TOKEN_BYTES
-        rings = [layer.ring.query for layer in self.cache.layers if layer.ring is not None]
+        rings = [layer.ring for layer in self.cache.layers if layer.ring is not None]
         found = {
             "hop": int(self.cache.hops.max()),
             "columns": self.cache.get_seq_length(),
             "kv": self.cache.kv_bytes(),
             "allocated": self.cache.allocated_bytes(),
             "bound": int(room),
-            "ring": sum(ring.untyped_storage().nbytes() for ring in rings),
+            "ring": sum(ring.nbytes() for ring in rings),
             "rss": anonymous_bytes() - self.base,
         }
         sys.stdout.write(json.dumps(found) + "\n")

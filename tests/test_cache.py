@@ -319,6 +319,18 @@ class TestQueries:
         assert ring.positions.tolist() == [[1, 2, 3, 4]] * 2
         assert ring.query.shape == (2, 1, 4, 4)
 
+    def test_steps_hold_two_windows_at_most(self):
+        """The last window of queries is there after every step, and never more than two."""
+        ring = QueryRing.empty(torch.zeros(1, 1, 1, 1), 1.0)
+        first = torch.arange(4)[None]
+        ring = ring.pushed(first[:, None, :, None].float(), first, 4)
+        for at in range(4, 30):
+            ring = ring.noted(torch.full((1, 1, 1, 1), float(at)), at, 4)
+            assert ring.nbytes() <= 2 * 4 * 4
+            found = ring.until(torch.tensor([at]), 4)
+            assert found.query.flatten().tolist() == found.positions[0].tolist()
+            assert found.positions[0].tolist() == list(range(at - 3, at + 1))
+
     def test_columns_of_other_rows_crowd_nothing_out(self):
         """A row that gets nothing while a neighbour gets input remembers what it would alone."""
         ring = QueryRing.empty(torch.zeros(2, 1, 1, 1), 1.0)

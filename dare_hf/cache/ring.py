@@ -56,13 +56,19 @@ class QueryRing:
             window: Queries that are to be remembered.
         """
         self.steps.append((position, query))
-        if len(self.steps) < 2 * window:
+        superseded = len(self.steps) >= window and self.query.shape[2]
+        if not superseded and len(self.steps) < 2 * window:
             return self
-        # What is older goes too, or a crop could reach across what is missing; a new list, for a
+        # What is older goes whole, or a crop could reach across what is missing; a new list, for a
         # ring that comes back when this step fails.
-        none, where = self.query[:, :, :0], self.positions[:, :0]
+        none, where = self.query[:, :, :0].clone(), self.positions[:, :0].clone()
         last = self.steps[-window:]
         return replace(self, query=none, positions=where, steps=last, taken=0, trimmed=True)
+
+    def nbytes(self) -> int:
+        """Bytes of all its queries."""
+        steps = sum(query.untyped_storage().nbytes() for _, query in self.steps)
+        return self.query.untyped_storage().nbytes() + steps
 
     def joined(self) -> QueryRing:
         """The same in one piece."""
