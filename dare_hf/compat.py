@@ -35,7 +35,7 @@ NEWEST = "5.24"
 OLDEST_PEFT = "0.21"
 """The oldest version of peft that passes the tests; pyproject declares the same."""
 
-logger = logging.get_logger("dare_hf")
+logger = logging.get_logger("transformers.dare_hf")
 
 _BROKEN = {
     ("llama4", "5.24.0"): "its forward asks its text model's output for image_outputs, which that "

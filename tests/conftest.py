@@ -1,6 +1,8 @@
 """What holds for every test: no hub, no sockets, one thread a worker, a fixed seed."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before transformers is imported anywhere: it reads these once.
@@ -11,6 +13,7 @@ import hypothesis
 import jaxtyping
 import pytest
 import torch
+import transformers
 
 # Shape annotations are checked at run time here and nowhere else. The hook must precede the import
 # of the rooms it names.
@@ -30,6 +33,22 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def told() -> Iterator[list[str]]:
+    """The library's warnings at transformers' verbosity, those of earlier tests forgotten."""
+    logging.Logger.warning_once.cache_clear()
+    found = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    logger = transformers.logging.get_logger("transformers")
+    logger.addHandler(handler)
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_warning()
+    yield found
+    transformers.logging.set_verbosity(before)
+    logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

@@ -200,7 +200,7 @@ def test_a_cache_implementation_of_the_callers_is_refused(patched):
             model.generate(**inputs, generation_config=config)
 
 
-def test_one_of_the_checkpoint_is_overridden(caplog):
+def test_one_of_the_checkpoint_is_overridden():
     model = tiny_model("llava")
     inputs = inputs_of(model)
     with dare(model, **PRUNED):

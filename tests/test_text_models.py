@@ -1,6 +1,5 @@
 """Language models: what is particular to them, and that the whole library takes them."""
 
-import logging
 from dataclasses import replace
 
 import flash_stand_in
@@ -69,13 +68,10 @@ def test_token_types_of_a_language_model_are_no_images():
 
 
 @pytest.mark.parametrize("config", [None, DareConfig(scorer="attention", text_retention=0.7)])
-def test_pruned_text_without_training_is_warned_of_once(subjects, config, caplog):
-    logging.Logger.warning_once.cache_clear()
-    with caplog.at_level(logging.WARNING):
-        apply_dare(subjects["llama"].model, config)
+def test_pruned_text_without_training_is_warned_of_once(subjects, config, told):
+    apply_dare(subjects["llama"].model, config)
     remove_dare(subjects["llama"].model)
-    found = [record.message for record in caplog.records]
-    assert sum("pruning text without training" in text for text in found) == (config is not None)
+    assert sum("pruning text without training" in text for text in told) == (config is not None)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -24,22 +24,6 @@ from dare_hf.testing import tiny_inputs, tiny_model
 NAMES = ("llava", "qwen2_5_vl")
 
 
-@pytest.fixture
-def told(monkeypatch):
-    """The library's warnings at transformers' verbosity, those of earlier tests forgotten."""
-    logging.Logger.warning_once.cache_clear()
-    found = []
-    handler = logging.Handler()
-    handler.emit = lambda record: found.append(record.getMessage())
-    logger = transformers.logging.get_logger("transformers")
-    logger.addHandler(handler)
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_warning()
-    yield found
-    transformers.logging.set_verbosity(before)
-    logger.removeHandler(handler)
-
-
 def ran(report, kind: str) -> float:
     """Return the mean over the layers of what the prompt's layers held."""
     shares = [layer[kind] for layer in report.retention[0]]
