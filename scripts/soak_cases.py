@@ -158,7 +158,8 @@ def _one(rng: random.Random, weights: dict[str, int]) -> str:
 
 def _chunk(rng: random.Random, arch: str, turns: int, mode: str) -> int | None:
     # transformers leaves chunks out under prompt lookup.
-    if mode == "lookup" or arch in BIDIRECTIONAL or turns > 1 or rng.random() < 0.88:
+    no_chunks = arch in BIDIRECTIONAL or arch == "mllama"  # whose pixels cannot be split
+    if mode == "lookup" or no_chunks or turns > 1 or rng.random() < 0.88:
         return None
     return rng.choice([3, 7, 16])
 
