@@ -116,8 +116,9 @@ def draw(seed: int, number: int) -> Case:
     rng = random.Random(f"{seed}:{number}")
     arch = ARCHITECTURES[number % len(ARCHITECTURES)]
     family, mode = family_of(arch), _one(rng, MODES)
-    # transformers: no state can be taken back; of mllama it crops the keys of the image too
-    if mode == "lookup" and (arch in HYBRIDS or arch == "mllama"):
+    # transformers: no state can be taken back; of mllama it crops the keys of the image too, and
+    # a prompt of paligemma sees the candidates that come with it
+    if mode == "lookup" and (arch in HYBRIDS or arch in ("mllama", "paligemma")):
         mode = "greedy"
     if mode == "beam" and family.flat:  # nor does it repeat features that are one tensor for all
         mode = "sample"
