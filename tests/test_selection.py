@@ -24,6 +24,7 @@ from dare_hf.routing.selection import (
     image_borders,
     isin_ids,
     keep_mask,
+    kept_columns,
     last_valid,
     newest,
 )
@@ -209,7 +210,7 @@ def test_compaction_equals_the_reference(case: Case, hops: int, data: st.DataObj
     limits = matrix(data.draw, range(MAX_BUDGET + 1), batch, hops * 2)
     budgets = torch.tensor(limits).view(batch, hops, 2)
     arguments = (case.scores, case.modality, hop, case.candidates, case.forced, budgets)
-    kept = compaction_keep(*arguments, [tuple(most) for most in budgets.amax(0).tolist()])
+    kept = compaction_keep(*arguments)
     assert torch.equal(kept, reference.compaction_keep(*arguments))
     if hops > 1:
         assert not (kept & (hop == hops)).any(), "a hop without a budget is not a closed one"
@@ -242,6 +243,15 @@ def test_gather_index(data: st.DataObject) -> None:
     for row in range(batch):
         assert len(set(index[row].tolist())) == width, "a column occurs twice"
         assert index[row][live[row]].tolist() == keep[row].nonzero().flatten().tolist()
+
+
+@given(st.data())
+def test_kept_columns_are_the_gather_index_of_even_rows(data: st.DataObject) -> None:
+    tokens = data.draw(st.integers(1, 12))
+    order = torch.tensor([data.draw(st.permutations(range(tokens))) for _ in range(2)])
+    width = data.draw(st.integers(1, tokens))
+    keep = order < width
+    assert torch.equal(kept_columns(keep, width), reference.gather_index(keep, width)[0])
 
 
 @given(st.data())
@@ -473,7 +483,7 @@ def test_nothing_here_waits_for_the_device() -> None:
         keep = keep_mask(scores, modality, every, forced, budgets, (5, 5), grid)
         index, live = gather_index(keep, 12)
         both = budgets[:, None].expand(2, 2, 2)
-        kept = compaction_keep(scores, modality, hop, every, forced, both, [(1, 2), (2, 1)])
+        kept = compaction_keep(scores, modality, hop, every, forced, both)
         kept = capped_keep(scores, kept, [forced, every], 7)
     assert index.shape == live.shape == (2, 12)
     assert kept.shape == (2, 30)

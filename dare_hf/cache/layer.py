@@ -272,7 +272,8 @@ class DareLayer(StoredColumns, CacheLayerMixin):
         if kept == self.kept_host:
             self._table = table
         else:
-            self._pack(keep.to(self.device) & (table.positions() >= 0), kept, table)
+            keep, real = keep.to(self.device), table.valid()
+            self._pack(keep if real is None else keep & real, kept, table)
 
     # What HF calls
 

@@ -119,14 +119,17 @@ class TokenLog:
         return torch.cat(last, dim=1)[:, -count:]
 
     def lookup(
-        self, positions: Int[Tensor, "rows columns"]
-    ) -> tuple[Int8[Tensor, "rows columns"], Int[Tensor, "rows columns"]]:
+        self, positions: Int[Tensor, "*layers rows columns"]
+    ) -> tuple[Int8[Tensor, "*layers rows columns"], Int[Tensor, "*layers rows columns"]]:
         """Modality and hop at logical `positions`; both -1 where a position is -1."""
         device = positions.device
         hole = positions < 0
         index = positions.clamp(min=0)
-        modality = self.modality.to(device).gather(1, index).masked_fill(hole, PAD)
-        return modality, self.hop.to(device).gather(1, index).masked_fill(hole, -1)
+        modality, hop = (
+            track.to(device).expand(*positions.shape[:-1], -1).gather(-1, index)
+            for track in (self.modality, self.hop)
+        )
+        return modality.masked_fill(hole, PAD), hop.masked_fill(hole, -1)
 
     def counts_by_hop(self) -> list[list[list[int]]]:
         """Real tokens per row, hop and modality: counts[row][hop][0 text | 1 vision].

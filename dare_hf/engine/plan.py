@@ -10,7 +10,7 @@ import torch
 from dare_hf.routing.counts import kept_counts, span_budgets
 from dare_hf.routing.first import taken_first
 from dare_hf.routing.kinds import TEXT, VISION
-from dare_hf.routing.selection import gather_index, keep_mask
+from dare_hf.routing.selection import competitors, gather_index, keep_mask, kept_columns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -174,8 +174,11 @@ class Planner:
         shares = self.config.uniform_share, self.config.recent_share
         first = taken_first(context.modality, candidates, forced_mask, wanted, *shares)
         largest = (max(k[TEXT] for k in kept), max(k[VISION] for k in kept))
+        if candidates is span and context.competitors is None:
+            context.competitors = competitors(context.modality, span, forced_mask)
+        groups = context.competitors if candidates is span else None
         keep = keep_mask(
-            scores, context.modality, candidates, forced_mask, wanted, largest, first=first
+            scores, context.modality, candidates, forced_mask, wanted, largest, first, groups
         )
         plan = self._finish(context, keep, kept, scores)
         return replace(plan, chosen=self.prunes(context, layer, before))
@@ -191,6 +194,7 @@ class Planner:
         if width == context.length:
             full = min(running) == width
             return Plan(kept, width, live=None if full else keep, keep=keep, scores=scores)
+        if min(running) == width:
+            return Plan(kept, width, kept_columns(keep, width), None, keep, scores)
         index, live = gather_index(keep, width)
-        ragged = min(running) < width
-        return Plan(kept, width, index, live if ragged else None, keep, scores)
+        return Plan(kept, width, index, live, keep, scores)

@@ -47,7 +47,7 @@ class ExpectedRun:
         Raises:
             DareInputError: Tokens are said to be sampled before the prompt was over.
         """
-        empty = Ledger((Held(),) * len(subject.rules.table.plan_layers))
+        empty = Ledger((Held.nothing(),) * len(subject.rules.table.plan_layers))
         runs, columns = [ExpectedRun(subject, empty) for _ in rows], 0
         for index in range(max(map(len, rows))):
             entries = [row[index] if index < len(row) else None for row in rows]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dare_hf.cache import DareCache
     from dare_hf.engine.plan import Plan
     from dare_hf.hops.in_forward import InnerHops
+    from dare_hf.routing.selection import Competitors
     from dare_hf.simulation import Simulation
 
 
@@ -63,6 +64,7 @@ class ForwardContext:
         head_rows: Rows the language-model head computes.
         plans: Per layer the plan it ran with.
         keys: What other layers read of a layer's keys, by its index.
+        competitors: Who takes part in the selections of the span, once a layer has selected.
         full_plan: The plan under which all real tokens run, once a layer has asked for it.
         cached_before: Per layer the real tokens per row its cache held before.
         attention_score: Float[B, S] running score of the attention scorer.
@@ -99,6 +101,7 @@ class ForwardContext:
     plans: dict[int, Plan] = field(default_factory=dict)
     keys: dict[int, KeyView] = field(default_factory=dict)
     cached_before: dict[int, list[int]] = field(default_factory=dict)
+    competitors: Competitors | None = None
     full_plan: Plan | None = None
     attention_score: Tensor | None = None
     attention_layer: int = -1

@@ -116,20 +116,18 @@ def _begin_hops(
     slots = [(i, slot) for i, slot in enumerate(cache.stored) if slot.rows]
     expand = dict(enumerate(expanders or ()))
     scores: dict[int, Tensor] = {}
-    keeps = []
-    for i, slot in slots:
-        tokens = _tokens(slot, config, ends, expand.get(i), partial(scores.__setitem__, i))
-        keeps.append(pruner.keep(i, tokens))
-    left = [
-        pruner.counts_left(slot.positions(), keep)
-        for (_, slot), keep in zip(slots, keeps, strict=True)
-    ]
+    tokens = {
+        i: _tokens(slot, config, ends, expand.get(i), partial(scores.__setitem__, i))
+        for i, slot in slots
+    }
+    keeps = pruner.keep_each(tokens)
+    left = _left(pruner, {i: own.where for i, own in tokens.items()}, keeps)
     held: HeldCounts = [[[0, 0] for _ in due] for _ in cache.stored]
     decided = []
-    for (i, slot), keep, rows in zip(slots, keeps, _to_host(left), strict=True):
-        held[i] = [row[:2] for row in rows]
-        kept = [row[2] for row in rows]
-        decided.append(Thinning(slot, slot._table, keep, kept, scores.get(i)))
+    for i, slot in slots:
+        held[i] = [row[:2] for row in left[i]]
+        kept = [row[2] for row in left[i]]
+        decided.append(Thinning(slot, slot._table, keeps[i], kept, scores.get(i)))
     places = list(pruner.available)
     available = dict(zip(places, _to_host(list(pruner.available.values())), strict=True))
     ledgers = begun_ledgers(cache, pruner, rules, available)
@@ -158,6 +156,20 @@ def _tokens(
 def renewed(old: Tensor, new: Tensor, closed: Tensor) -> Tensor:
     """Float32[B, C]: what a closed hop's observation makes of the scores; others stay."""
     return torch.where(closed, torch.maximum(OBSERVED_DECAY * old, new.float()), old)
+
+
+def _left(
+    pruner: HopPruner, where: dict[int, Tensor], keep: dict[int, Tensor]
+) -> dict[int, list[list[int]]]:
+    """By layer, [rows][closed text, closed vision, all] of what stays; a host copy a device."""
+    devices: dict[torch.device, list[int]] = {}
+    for i, columns in where.items():
+        devices.setdefault(columns.device, []).append(i)
+    found: dict[int, list[list[int]]] = {}
+    for places in devices.values():
+        counts = pruner.counts_left([where[i] for i in places], [keep[i] for i in places])
+        found |= zip(places, counts.tolist(), strict=True)
+    return found
 
 
 def _to_host(counts: list[Tensor]) -> list[Any]:

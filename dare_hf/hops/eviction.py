@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from dare_hf.routing.counts import closed_budgets, closed_groups
+from dare_hf.routing.counts import by_hop, closed_budgets, closed_groups
 from dare_hf.routing.kinds import TEXT, VISION
 from dare_hf.routing.selection import (
     capped_keep,
@@ -17,7 +17,7 @@ from dare_hf.routing.selection import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -83,14 +83,18 @@ class HopPruner:
             for row, begun in zip(self.counts, self.due, strict=True)
         ]
 
-    def budgets(self, layer: int) -> list[list[list[int]]]:
-        """[row][1 or hop][text | vision] tokens to keep of closed hops."""
-        most, rows = self.groups, []
-        for row, begun in zip(self.counts, self.due, strict=True):
-            groups = closed_groups(row, begun, pooled=self.pooled)
-            budgets = closed_budgets(self.table, layer, begun, groups)
-            rows.append(budgets + [[0, 0] for _ in range(most - len(groups))])
-        return rows
+    def budgets(self, layers: Sequence[int]) -> Tensor:
+        """Long[L, B, 1 or hops, 2]: tokens to keep of closed hops, on the host."""
+        groups = torch.stack(
+            [
+                torch.nn.functional.pad(own, (0, 0, 0, self.groups - len(own)))
+                for own in (
+                    closed_groups(by_hop(row), begun, pooled=self.pooled)
+                    for row, begun in zip(self.counts, self.due, strict=True)
+                )
+            ]
+        )
+        return closed_budgets(self.table, layers, self.due, groups)
 
     @property
     def pooled(self) -> bool:
@@ -109,55 +113,74 @@ class HopPruner:
 
     def keep(self, layer: int, tokens: StoredTokens) -> Tensor:
         """Bool[B, C]: the stored columns of `layer` that stay; call it layer by layer."""
-        where = tokens.where
-        stored = where >= 0
         if never_thins(self.config, self.table, layer):
-            return stored
+            return tokens.where >= 0
+        return self._decide([layer], [tokens])[0]
+
+    def keep_each(self, tokens: Mapping[int, StoredTokens]) -> dict[int, Tensor]:
+        """Bool[B, C] by layer, the layers in order: `keep` of all of them at once, where it can be.
+
+        Under "drop" each waits for the one before; layers on other devices stay there.
+        """
+        kept, together = {}, dict[object, list[int]]()
+        for layer, own in tokens.items():
+            if never_thins(self.config, self.table, layer):
+                kept[layer] = own.where >= 0
+            else:
+                alone = layer if self.alive is not None else None
+                together.setdefault((own.where.device, alone), []).append(layer)
+        for layers in together.values():
+            found = self._decide(layers, [tokens[layer] for layer in layers])
+            kept |= zip(layers, found, strict=True)
+        return kept
+
+    def _decide(self, layers: list[int], tokens: list[StoredTokens]) -> list[Tensor]:
+        """Bool[B, C] of each layer; more than one only where none depends on another.
+
+        Tensors here are [L, B, C], narrower layers filled up with holes.
+        """
+        widths = [own.where.shape[1] for own in tokens]
+        where = _stacked([own.where for own in tokens], -1)
         modality, hop = self.log.lookup(where)
-        closed = self.closed(where)
         index = where.clamp(min=0)
-        forced = self.pinned.to(where.device).gather(1, index)
-        candidates = closed
+        closed = (where >= 0) & (hop < self._begun(where))
+        forced, candidates = _at(self.pinned, index), closed
         if self.alive is not None:
-            candidates = closed & self.alive.to(where.device).gather(1, index)
-        scores = tokens.scores
-        if not isinstance(scores, torch.Tensor):
-            scores = scores(closed)
-        rows = self.budgets(layer)
-        groups = range(len(rows[0]))
+            candidates = closed & _at(self.alive, index)
+        parts = zip(closed, tokens, widths, strict=True)
+        scores = [
+            own.scores if isinstance(own.scores, torch.Tensor) else own.scores(part[:, :width])
+            for part, own, width in parts
+        ]
         if self.by_scores:
-            parts = [self._in_groups(part, modality, hop) for part in (candidates, forced)]
-            self.available[layer] = torch.stack([parts[0], parts[0] & parts[1]], -2).sum(-1)
-        largest = [(max(r[g][TEXT] for r in rows), max(r[g][VISION] for r in rows)) for g in groups]
-        wanted = torch.tensor(rows).to(where.device, non_blocking=True)
-        keep = compaction_keep(scores, modality, hop, candidates, forced, wanted, largest)
+            parts = (candidates, candidates & forced)
+            counts = torch.stack([self._in_groups(p, modality, hop) for p in parts], -1)
+            self.available |= zip(layers, counts, strict=True)
+        ranked = _stacked(scores, 0.0).flatten(0, 1)
+        rows = [part.flatten(0, 1) for part in (modality, hop, candidates, forced)]
+        budgets = self.budgets(layers).flatten(0, 1).to(where.device, non_blocking=True)
+        keep = compaction_keep(ranked, *rows, budgets)
         if self.config.max_kv_tokens is not None:
-            tiers = [tier.to(where.device).gather(1, index) for tier in self.tiers]
-            keep = capped_keep(scores, keep, tiers, self.config.max_kv_tokens)
+            tiers = [_at(tier, index).flatten(0, 1) for tier in self.tiers]
+            keep = capped_keep(ranked, keep, tiers, self.config.max_kv_tokens)
+        keep = keep.view_as(where)
         if self.alive is not None:
-            gone = torch.where(closed & ~keep, index, self.alive.shape[1])
+            gone = torch.where(closed & ~keep, index, self.alive.shape[1])[0]
             marks = torch.nn.functional.pad(self.alive, (0, 1)).to(where.device)
             self.alive = marks.scatter(1, gone, False)[:, :-1]
-        return keep | (stored & ~closed)
+        keep = keep | ((where >= 0) & ~closed)
+        return [part[:, :width] for part, width in zip(keep, widths, strict=True)]
 
     def _in_groups(self, tokens: Tensor, modality: Tensor, hop: Tensor) -> Tensor:
-        """Bool[B, groups, 2, C]: the stored tokens of each group and modality."""
-        kinds = torch.arange(2, device=hop.device)
-        found = tokens[:, None] & (modality[:, None] == kinds[:, None])
-        if self.pooled:
-            return found[:, None]
-        group = torch.arange(self.groups, device=hop.device)[:, None, None]
-        return found[:, None] & (hop[:, None, None] == group)
+        """Long[L, B, groups, 2]: how many of the tokens each group has of each modality."""
+        group = modality.long() if self.pooled else 2 * hop.long() + modality
+        return _counted(group, tokens, self.groups)
 
     def pinned_counts(self) -> list[list[list[int]]]:
         """[row][hop][text | vision] tokens of closed hops that no rate removes; one host copy."""
-        modality, hops = self.log.modality, max(self.due)
-        parts = [
-            (self.pinned & (self.log.hop == hop) & (modality == m)).sum(1)
-            for hop in range(hops)
-            for m in (TEXT, VISION)
-        ]
-        found = torch.stack(parts, dim=1).view(len(self.due), hops, 2).tolist()
+        log, hops = self.log, max(self.due)
+        inside = self.pinned & (log.modality >= 0) & (log.hop < hops)
+        found = _counted(2 * log.hop.long() + log.modality, inside, hops).tolist()
         return [row[:begun] for row, begun in zip(found, self.due, strict=True)]
 
     @cached_property
@@ -172,12 +195,46 @@ class HopPruner:
 
     def closed(self, where: Tensor) -> Tensor:
         """Bool[B, C]: columns at logical `where` that belong to closed hops."""
-        begun = torch.tensor(self.due).to(where.device, non_blocking=True)[:, None]
-        return (where >= 0) & (self.log.lookup(where)[1] < begun)
+        return (where >= 0) & (self.log.lookup(where)[1] < self._begun(where))
 
-    def counts_left(self, where: Tensor, keep: Tensor) -> Tensor:
-        """Long[B, 3]: closed text, closed vision and all of what stays."""
-        modality, _ = self.log.lookup(where)
-        closed = keep & self.closed(where)
-        parts = [closed & (modality == TEXT), closed & (modality == VISION), keep]
-        return torch.stack([part.sum(1) for part in parts], dim=1)
+    def _begun(self, where: Tensor) -> Tensor:
+        """Long[B, 1]: the hop that begins."""
+        return torch.tensor(self.due).to(where.device, non_blocking=True)[:, None]
+
+    def counts_left(self, where: Sequence[Tensor], keep: Sequence[Tensor]) -> Tensor:
+        """Long[L, B, 3]: closed text, closed vision and all of what stays; layers of one device.
+
+        Args:
+            where: By layer Long[B, C] logical positions, -1 for holes.
+            keep: By layer Bool[B, C].
+        """
+        columns, kept = _stacked(where, -1), _stacked(keep, 0)
+        modality, hop = self.log.lookup(columns)
+        closed = kept & (hop >= 0) & (hop < self._begun(columns))
+        parts = [closed & (modality == TEXT), closed & (modality == VISION), kept]
+        return torch.stack([part.sum(-1) for part in parts], dim=-1)
+
+
+def _at(marks: Tensor, index: Tensor) -> Tensor:
+    """Bool[L, B, C]: marks [B, N] of logical tokens where layers store them."""
+    return marks.to(index.device).expand(len(index), -1, -1).gather(-1, index)
+
+
+def _stacked(rows: Sequence[Tensor], fill: float) -> Tensor:
+    """[L, B, C] of L tensors [B, C'], filled up to the widest."""
+    width = max(row.shape[1] for row in rows)
+    pads = [(0, width - row.shape[1]) for row in rows]
+    return torch.stack(
+        [
+            torch.nn.functional.pad(row, pad, value=fill) if any(pad) else row
+            for row, pad in zip(rows, pads, strict=True)
+        ]
+    )
+
+
+def _counted(group: Tensor, tokens: Tensor, groups: int) -> Tensor:
+    """Long[..., groups, 2]: how many `tokens` [..., C] each ``2 * group + modality`` has."""
+    group = group.masked_fill(~tokens | (group >= 2 * groups), 2 * groups)
+    none = group.new_zeros(*group.shape[:-1], 2 * groups + 1)
+    found = none.scatter_add(-1, group, torch.ones_like(group))
+    return found[..., :-1].unflatten(-1, (groups, 2))

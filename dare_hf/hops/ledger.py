@@ -9,11 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dare_hf.routing.counts import closed_budgets, closed_groups, kept_counts, span_budgets
+import torch
+
+from dare_hf.routing.counts import (
+    by_hop,
+    closed_budgets,
+    closed_groups,
+    kept_counts,
+    span_budgets,
+)
 from dare_hf.routing.kinds import TEXT, VISION
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
 
     from dare_hf.config import DareConfig
     from dare_hf.routing.counts import Counts
@@ -21,6 +31,8 @@ if TYPE_CHECKING:
 
     # [groups][text, vision][how many there are, how many of them are forced]
     Available = Sequence[Sequence[Sequence[int]]]
+
+# Tensors here are on the host: of what grows with the hops nothing is a loop.
 
 
 @dataclass(frozen=True)
@@ -67,33 +79,39 @@ class LedgerRules:
         return kept
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Held:
     """What one layer holds of one row.
 
     Attributes:
-        groups: [hops][text, vision] at most so many; those of all closed hops in the first entry
-            where they compete with each other.
+        groups: Long[hops, 2] text, vision, at most so many; those of all closed hops in the first
+            entry where they compete with each other.
         least: Tokens in all, at least.
         most: Tokens in all, at most; the same number wherever counts decide.
         capped: Whether a cap has taken from what rates had left, here or, under "drop", in a layer
             before: forced ones may be gone as well.
     """
 
-    groups: tuple[tuple[int, int], ...] = ()
+    groups: Tensor
     least: int = 0
     most: int = 0
     capped: bool = False
 
+    @staticmethod
+    def nothing() -> Held:
+        """An empty layer."""
+        return Held(by_hop([]))
+
     def plus(self, hop: int, counts: Counts) -> Held:
         """With more tokens of a hop."""
-        groups = [*self.groups, *[(0, 0)] * (hop + 1 - len(self.groups))]
-        groups[hop] = (groups[hop][TEXT] + counts[TEXT], groups[hop][VISION] + counts[VISION])
+        longer = max(hop + 1 - len(self.groups), 0)
+        groups = torch.nn.functional.pad(self.groups, (0, 0, 0, longer))
+        groups[hop] += by_hop([counts])[0]
         more = sum(counts)
-        return replace(self, groups=tuple(groups), least=self.least + more, most=self.most + more)
+        return replace(self, groups=groups, least=self.least + more, most=self.most + more)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ledger:
     """What the layers hold of one row; it is never changed, so that rows may share one.
 
@@ -151,23 +169,29 @@ class Ledger:
         Source: docs/method.md, section 5.
         """
         pooled = rules.config.resolved_hop_budget == "pooled"
-        whole = closed_groups(tokens, hop, pooled=pooled)
-        forced = closed_groups(pinned, hop, pooled=pooled)
-        done: list[Held] = []
+        whole, forced = (
+            closed_groups(by_hop(counts), hop, pooled=pooled) for counts in (tokens, pinned)
+        )
+        layers = self._with_sampled(hop, tokens)
+        budgets = closed_budgets(rules.table, range(len(layers)), [hop], whole[None])[:, 0]
+        drops, done = rules.config.pruned == "drop", list[Held]()
         before: _Shallower | None = None
-        for index, layer in enumerate(self._with_sampled(hop, tokens)):
+        # Under "drop" a layer waits for the one before it; else they are counted together.
+        size = 1 if drops else max(len(layers), 1)
+        for start in range(0, len(layers), size):
+            part = range(start, min(start + size, len(layers)))
             step = _Step(
                 hop=hop,
-                held=closed_groups(layer.groups, hop, pooled=pooled),
-                budgets=closed_budgets(rules.table, index, hop, whole),
+                pooled=pooled,
+                budgets=budgets[part.start : part.stop],
                 forced=forced,
                 cap=rules.config.max_kv_tokens,
                 before=before,
+                known=[None if available is None else available.get(i) for i in part],
             )
-            held, left = step.taken(layer, None if available is None else available.get(index))
-            if rules.config.pruned == "drop":
-                before = replace(left, nested=not rules.exempt)
-            done.append(held)
+            held, left = step.taken([layers[i] for i in part])
+            before = replace(left, nested=not rules.exempt) if drops else None
+            done += held
         return replace(
             self,
             layers=tuple(done),
@@ -188,93 +212,113 @@ class Ledger:
         return layers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Shallower:
     """What the layers before leave to a layer under "drop", where a hop begins.
 
     Attributes:
-        kept: [groups][text, vision] at most so many are left.
-        lost: [groups][text, vision] at most so many of the next layer's are gone.
-        cut: At most so many more of them, of whatever group.
-        most: In all at most so many are left.
+        kept: Long[1, groups, 2] at most so many are left.
+        lost: Long[1, groups, 2] at most so many of the next layer's are gone.
+        cut: Long[1] at most so many more of them, of whatever group.
+        most: Long[1] in all at most so many are left.
         nested: Whether every layer holds only what the one before it holds.
     """
 
-    kept: list[list[int]]
-    lost: list[list[int]]
-    cut: int
-    most: int
+    kept: Tensor
+    lost: Tensor
+    cut: Tensor
+    most: Tensor
     nested: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Step:
-    """The begin of a hop in one layer of one row; groups as `closed_groups` makes them.
+    """The begin of a hop in some layers of one row; groups as `closed_groups` makes them.
 
     Attributes:
         hop: The hop.
-        held: What the layer holds of each group, at most.
-        budgets: What it is to keep of each.
-        forced: Tokens of each that no rate removes.
+        pooled: Whether all closed hops are one group.
+        budgets: Long[layers, groups, 2] what is to be kept of each.
+        forced: Long[groups, 2] tokens of each that no rate removes.
         cap: `max_kv_tokens`.
         before: What is gone from the layers before, where that counts.
+        known: By layer what there is to choose from, for where counts do not say it.
     """
 
     hop: int
-    held: list[list[int]]
-    budgets: list[list[int]]
-    forced: list[list[int]]
+    pooled: bool
+    budgets: Tensor
+    forced: Tensor
     cap: int | None
     before: _Shallower | None
+    known: Sequence[Available | None]
 
-    def taken(self, layer: Held, known: Available | None) -> tuple[Held, _Shallower]:
-        """What the layer holds afterwards, and what that leaves to the next one."""
-        before, opened = self.before, layer.groups[self.hop :]
-        extra = sum(map(sum, opened))
-        kept = list(map(kept_counts, self.budgets, self.forced, self._candidates()))
-        lost = self._lost(capped=layer.capped)
-        most = min(layer.most - extra, sum(map(sum, kept)))
-        cut = 0
-        if before is not None:
-            most = min(most, before.most) if before.nested else most
-            cut = before.cut
-        least = min(most, max(layer.least - extra - sum(map(sum, lost)) - cut, 0))
-        if known is not None and least < most:
-            kept = [
-                kept_counts(k, [m[1] for m in group], [m[0] for m in group])
-                for k, group in zip(self.budgets, known, strict=False)
-            ]
-            least = most = sum(map(sum, kept))
-        over = 0 if self.cap is None else max(most - self.cap, 0)
-        most, least = most - over, min(least, most - over)
-        closed = [(own[TEXT], own[VISION]) for own in kept]
-        closed += [(0, 0)] * (self.hop - len(closed))
-        capped = layer.capped or cut + over > 0
-        held = Held((*closed, *opened), least + extra, most + extra, capped)
-        return held, _Shallower(kept, lost, cut + over, most)
+    def taken(self, layers: Sequence[Held]) -> tuple[list[Held], _Shallower]:
+        """What the layers hold afterwards, and what that leaves to the next one."""
+        before, groups = self.before, _alike([layer.groups for layer in layers])
+        opened = groups[:, self.hop :]
+        extra = opened.sum((1, 2))
+        held = closed_groups(groups, self.hop, pooled=self.pooled)
+        capped = torch.tensor([layer.capped for layer in layers])
+        lost = self._lost(held, capped)
+        left = held
+        if before is not None and before.nested:
+            left = held.minimum(before.kept)
+        kept = _kept(self.budgets, self.forced, left)
+        most = torch.tensor([layer.most for layer in layers]) - extra
+        most = most.minimum(kept.sum((1, 2)))
+        if before is not None and before.nested:
+            most = most.minimum(before.most)
+        cut = torch.zeros_like(most) if before is None else before.cut
+        least = torch.tensor([layer.least for layer in layers]) - extra - lost.sum((1, 2)) - cut
+        least = least.clamp(min=0).minimum(most)
+        kept, least, most = self._as_known(kept, least, most)
+        over = torch.zeros_like(most) if self.cap is None else (most - self.cap).clamp(min=0)
+        most, cut = most - over, cut + over
+        least, capped = least.minimum(most), capped | (cut > 0)
+        filled = torch.nn.functional.pad(kept, (0, 0, 0, self.hop - kept.shape[1]))
+        columns = (
+            torch.cat([filled, opened], dim=1).unbind(),
+            (least + extra).tolist(),
+            (most + extra).tolist(),
+            capped.tolist(),
+        )
+        after = [Held(*row) for row in zip(*columns, strict=True)]
+        return after, _Shallower(kept, lost, cut, most)
 
-    def _candidates(self) -> list[list[int]]:
-        """[groups][text, vision] what is left to choose from, at most."""
-        if self.before is None or not self.before.nested:
-            return self.held
-        pairs = zip(self.held, self.before.kept, strict=True)
-        return [[min(a, b) for a, b in zip(*pair, strict=True)] for pair in pairs]
+    def _as_known(self, kept: Tensor, least: Tensor, most: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, where counts leave it open, from what there was to choose from."""
+        told = [least[i] < most[i] and known is not None for i, known in enumerate(self.known)]
+        for i, known in enumerate(self.known):
+            if not told[i]:
+                continue
+            there = torch.tensor(known)[: kept.shape[1]]
+            kept[i] = _kept(self.budgets[i], there[..., 1], there[..., 0])
+            least[i] = most[i] = kept[i].sum()
+        return kept, least, most
 
-    def _lost(self, *, capped: bool) -> list[list[int]]:
-        """[groups][text, vision] what goes, of what the layer held, at most.
+    def _lost(self, held: Tensor, capped: Tensor) -> Tensor:
+        """Long[layers, groups, 2] what goes, of what the layers held, at most.
 
         A group loses what is beyond its budget, or what is gone from a layer before: in the worst
         case all of that was among the layer's own.
         """
-        lost = []
-        for group, held in enumerate(self.held):
-            row = []
-            for m in (TEXT, VISION):
-                budget = self.budgets[group][m]
-                sure = budget if capped else max(budget, self.forced[group][m])
-                beyond = max(held[m] - sure, 0)
-                gone = 0 if self.before is None else self.before.lost[group][m]
-                nested = self.before is None or self.before.nested
-                row.append(max(beyond, gone) if nested else beyond + gone)
-            lost.append(row)
-        return lost
+        sure = self.budgets.maximum(self.forced)
+        beyond = (held - torch.where(capped[:, None, None], self.budgets, sure)).clamp(min=0)
+        if self.before is None:
+            return beyond
+        gone = self.before.lost
+        return beyond.maximum(gone) if self.before.nested else beyond + gone
+
+
+def _alike(groups: Sequence[Tensor]) -> Tensor:
+    """Long[layers, hops, 2], hops that a layer has not come to filled up."""
+    hops = max(map(len, groups))
+    pads = [(0, 0, 0, hops - len(own)) for own in groups]
+    pairs = zip(groups, pads, strict=True)
+    return torch.stack([torch.nn.functional.pad(own, pad) for own, pad in pairs])
+
+
+def _kept(budgets: Tensor, forced: Tensor, available: Tensor) -> Tensor:
+    """`kept_counts` of many groups."""
+    return budgets.maximum(forced).minimum(available)

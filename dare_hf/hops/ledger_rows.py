@@ -8,6 +8,7 @@ import torch
 
 from dare_hf.cache.hop_counters import counters_of
 from dare_hf.hops.ledger import Held, Ledger
+from dare_hf.routing.counts import by_hop
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ def note_span(context: ForwardContext, rules: LedgerRules) -> None:
         return
     state = counters_of(cache)
     if not context.past:
-        empty = Ledger((Held(),) * len(rules.table.plan_layers))
+        empty = Ledger((Held.nothing(),) * len(rules.table.plan_layers))
         state.ledgers = [empty] * context.batch
     if context.span is None:
         return
@@ -105,8 +106,7 @@ def know_rows(cache: DareCache, layers: int) -> None:
 
 def _held(groups: Sequence[Sequence[int]]) -> Held:
     total = sum(map(sum, groups))
-    pairs = tuple((text, vision) for text, vision in groups)
-    return Held(pairs, total, total, capped=True)
+    return Held(by_hop(groups), total, total, capped=True)
 
 
 def _by_hop(cache: DareCache, layer: int, hops: int) -> list[list[list[int]]]:

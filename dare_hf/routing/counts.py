@@ -2,8 +2,12 @@
 
 from collections.abc import Sequence
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 from dare_hf.routing.kinds import TEXT, VISION
-from dare_hf.routing.retention import RetentionTable, budget
+from dare_hf.routing.retention import CEIL_SLACK, RetentionTable, budget
 from dare_hf.routing.selection import equalise
 
 Counts = Sequence[int]
@@ -47,35 +51,51 @@ def span_budgets(
     return equalise(rows, counts) if equal else rows
 
 
-def closed_groups(counts: Sequence[Counts], begun: int, *, pooled: bool) -> list[list[int]]:
-    """Tokens that compete with each other when hop `begun` begins, [groups][text, vision].
+def by_hop(counts: Sequence[Counts]) -> Int[Tensor, "hops 2"]:
+    """Counts of each hop as a tensor on the host, [TEXT, VISION]."""
+    return torch.tensor(counts, dtype=torch.long).view(-1, 2)
+
+
+def closed_groups(
+    counts: Int[Tensor, "*rows hops 2"], begun: int, *, pooled: bool
+) -> Int[Tensor, "*rows groups 2"]:
+    """Tokens that compete with each other when hop `begun` begins.
 
     Args:
-        counts: [hops][text, vision] of one row; of missing hops there are none.
+        counts: Of each hop [TEXT, VISION]; of missing hops there are none.
         begun: The hop that begins; those before it are closed.
         pooled: One group of all closed hops, else one of each.
 
     Source: docs/method.md, section 5.
     """
-    closed = [list(hop) for hop in counts[:begun]]
-    closed += [[0, 0] for _ in range(begun - len(closed))]
-    if not pooled:
-        return closed
-    return [[sum(hop[m] for hop in closed) for m in (TEXT, VISION)]]
+    closed = counts[..., :begun, :]
+    if pooled:
+        return closed.sum(-2, keepdim=True)
+    return torch.nn.functional.pad(closed, (0, 0, 0, begun - closed.shape[-2]))
 
 
 def closed_budgets(
-    table: RetentionTable, layer: int, begun: int, groups: Sequence[Counts]
-) -> list[list[int]]:
-    """Budgets of the groups when hop `begun` begins; from hop 0 to hop 1 nothing goes.
+    table: RetentionTable,
+    layers: Sequence[int],
+    begun: Sequence[int],
+    groups: Int[Tensor, "rows groups 2"],
+) -> Int[Tensor, "layers rows groups 2"]:
+    """Budgets of the groups when hops begin; from hop 0 to hop 1 nothing goes.
+
+    Law: `budget` of each rate and count.
 
     Args:
         table: The rates.
-        layer: The layer.
-        begun: The hop that begins.
-        groups: All real tokens of each group (`closed_groups`).
+        layers: The layers.
+        begun: Per row the hop that begins.
+        groups: All real tokens of each group (`closed_groups`), on the host.
 
     Source: docs/method.md, section 5.
     """
-    rates = [table.rate(begun, layer, m) if begun > 1 else 1.0 for m in (TEXT, VISION)]
-    return [[budget(rates[m], group[m]) for m in (TEXT, VISION)] for group in groups]
+    rates = [
+        [[table.rate(hop, layer, m) if hop > 1 else 1.0 for m in (TEXT, VISION)] for hop in begun]
+        for layer in layers
+    ]
+    # Python's floats, so that the ceiling is that of `budget` to the bit
+    exact = torch.tensor(rates, dtype=torch.float64)[:, :, None]
+    return (exact * groups - CEIL_SLACK).ceil().long().clamp(min=1).minimum(groups)

@@ -58,7 +58,6 @@ def compaction_keep(
     candidates: Tensor,
     forced: Tensor,
     budgets: Tensor,
-    max_budgets: object = None,
 ) -> Tensor:
     """One competition if there is one budget, else one competition per hop."""
     kept = torch.zeros_like(candidates)

@@ -1,7 +1,7 @@
 """Selection: which columns each row keeps. Deterministic, and without a host sync anywhere."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,6 +13,32 @@ from dare_hf.routing.kinds import TEXT, VISION
 _MAX_COMPARED_RUNS = 16
 
 
+class Competitors(NamedTuple):
+    """Who takes part in a selection, by modality [TEXT, VISION]; no score has a say in it.
+
+    Attributes:
+        must: Bool[B, 2, N] forced candidates.
+        others: Bool[B, 2, N] candidates that compete.
+        forced: Long[B, 2, 1] how many are forced.
+    """
+
+    must: Tensor
+    others: Tensor
+    forced: Tensor
+
+
+def competitors(
+    modality: Int[Tensor, "batch tokens"],
+    candidates: Bool[Tensor, "batch tokens"],
+    forced: Bool[Tensor, "batch tokens"],
+) -> Competitors:
+    """What `keep_mask` makes of its columns before it looks at scores."""
+    kinds = torch.arange(2, device=modality.device, dtype=modality.dtype)
+    eligible = candidates[:, None] & (modality[:, None] == kinds[:, None])
+    must = eligible & forced[:, None]
+    return Competitors(must, eligible ^ must, must.sum(-1, keepdim=True))
+
+
 def keep_mask(
     scores: Float[Tensor, "batch tokens"],
     modality: Int[Tensor, "batch tokens"],
@@ -21,6 +47,7 @@ def keep_mask(
     budgets: Int[Tensor, "batch 2"],
     max_budget: tuple[int, int],
     first: Bool[Tensor, "batch tokens"] | None = None,
+    groups: Competitors | None = None,
 ) -> Bool[Tensor, "batch tokens"]:
     """Kept = the forced candidates of each modality plus the best others up to its budget in all.
 
@@ -35,24 +62,23 @@ def keep_mask(
         budgets: tokens to keep per row, [TEXT, VISION] in this order, on the scores' device.
         max_budget: the largest of them per modality, on the host.
         first: columns taken before all scored ones, still within the budget (`even_grid`).
+        groups: `competitors` of the same columns, where layers share them.
 
     Source: docs/method.md, section 4.
     """
-    kinds = torch.arange(2, device=modality.device, dtype=modality.dtype)
-    eligible = candidates[:, None] & (modality[:, None] == kinds[:, None])
-    must = eligible & forced[:, None]
+    must, others, forced_counts = groups or competitors(modality, candidates, forced)
     width = min(max(max_budget), scores.shape[1])
     if width == 0:
         return must.any(1)
-    others = eligible & ~must
-    lowest = -torch.inf
-    ranked = scores if first is None else scores.masked_fill(first, torch.inf)
-    ranked = ranked.masked_fill(ranked.isnan(), lowest)[:, None].masked_fill(~others, lowest)
-    need = (budgets - must.sum(-1))[..., None]
+    high, low = torch.inf, -torch.inf
+    ranked = scores if first is None else scores.masked_fill(first, high)
+    ranked = ranked.nan_to_num(low, high, low)[:, None].where(others, low)
+    need = budgets[..., None] - forced_counts
     # The values of topk are deterministic, its choice among equal ones is not: only they are used.
     best = ranked.topk(width, dim=-1).values
     threshold = best.gather(-1, (need - 1).clamp(0, width - 1))
-    above = others & (ranked > threshold)
+    # What is no candidate is above nothing, but may tie with the lowest score.
+    above = ranked > threshold
     ties = others & (ranked == threshold)
     room = need - above.sum(-1, keepdim=True)
     return (must | above | (ties & (ties.cumsum(-1) <= room))).any(1)
@@ -64,13 +90,13 @@ def compaction_keep(
     hop: Int[Tensor, "batch stored"],
     candidates: Bool[Tensor, "batch stored"],
     forced: Bool[Tensor, "batch stored"],
-    budgets: Int[Tensor, "batch hops 2"],
-    max_budgets: Sequence[tuple[int, int]],
+    budgets: Int[Tensor, "batch groups 2"],
 ) -> Bool[Tensor, "batch stored"]:
-    """What stays of the closed hops: `keep_mask` once over all of them, or once per hop.
+    """What stays of the closed hops: the law of `keep_mask` in each group of tokens.
 
-    One budget (``hops == 1``) is pooled: tokens of all closed hops compete for it. With more,
-    budget h is that of hop h, and the tokens of a hop compete among themselves.
+    One budget (``groups == 1``) is pooled: tokens of all closed hops compete for it. With more,
+    budget h is that of hop h, and the tokens of a hop compete among themselves. All groups are
+    ranked by one sort, so that the work does not grow with them.
 
     Args:
         scores: score of each stored column.
@@ -78,18 +104,31 @@ def compaction_keep(
         hop: hop of each stored column.
         candidates: stored columns of closed hops; others are never in the result.
         forced: columns that must stay where they are candidates.
-        budgets: per row and hop [TEXT, VISION], on the scores' device.
-        max_budgets: the largest over rows, per hop, on the host.
+        budgets: per row and group [TEXT, VISION], on the scores' device.
 
     Source: docs/method.md, section 5.
     """
-    if len(max_budgets) == 1:
-        return keep_mask(scores, modality, candidates, forced, budgets[:, 0], max_budgets[0])
-    kept = torch.zeros_like(candidates)
-    for index, most in enumerate(max_budgets):
-        own = candidates & (hop == index)
-        kept = kept | keep_mask(scores, modality, own, forced, budgets[:, index], most)
-    return kept
+    groups = budgets.shape[1]
+    nowhere = 2 * groups
+    group = modality.long() if groups == 1 else 2 * hop.long() + modality
+    able = candidates & (modality >= 0) & (group >= 0) & (group < nowhere)
+    must = able & forced
+    group = group.masked_fill(~able, nowhere)
+    own = group.masked_fill(must, nowhere)
+    none = group.new_zeros(group.shape[0], nowhere + 1)
+    ones = torch.ones_like(group)
+    forced_counts = none.scatter_add(1, group.masked_fill(~must, nowhere), ones)
+    # Of what competes for nothing, nothing is kept.
+    need = torch.nn.functional.pad(budgets.flatten(1) - forced_counts[:, :-1], (0, 1))
+    # By score, then by group, both stable: each group's best first, ties to the earlier column.
+    # -0.0 and 0.0 tie: a radix sort might tell them apart.
+    ranked = scores.masked_fill(scores.isnan(), -torch.inf) + 0.0
+    order = ranked.sort(dim=1, descending=True, stable=True).indices
+    sorted_group, place = own.gather(1, order).sort(dim=1, stable=True)
+    counts = none.scatter_add(1, own, ones)
+    last = (counts.cumsum(1) - counts + need).gather(1, sorted_group)
+    kept = torch.arange(group.shape[1], device=group.device) < last
+    return must | torch.zeros_like(must).scatter(1, order.gather(1, place), kept)
 
 
 def capped_keep(
@@ -166,6 +205,13 @@ def gather_index(
     index = columns.new_zeros(keep.shape[0], width + 1).scatter(1, slot, columns)
     live = torch.arange(width, device=keep.device) >= fills
     return index[:, :width], live
+
+
+def kept_columns(keep: Bool[Tensor, "batch tokens"], width: int) -> Int[Tensor, "batch width"]:
+    """`gather_index` where every row keeps `width` columns: there is nothing to fill."""
+    slot = torch.where(keep, keep.cumsum(1) - 1, width)
+    columns = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+    return columns.new_zeros(keep.shape[0], width + 1).scatter(1, slot, columns)[:, :width]
 
 
 def equalise(budgets: Sequence[Sequence[int]], counts: Sequence[Sequence[int]]) -> list[list[int]]:
