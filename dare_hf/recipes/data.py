@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import Dataset, Subset
 
 from dare_hf.errors import DareInputError
-from dare_hf.tasks import frozen_lake, ghost, maze, scene, teaching
+from dare_hf.tasks import board, frozen_lake, ghost, maze, scene, teaching
 from dare_hf.tuning.rows import check_picture
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ _STREAMS: dict[str, Any] = {
     "frozen_lake": frozen_lake,
     "ghost": ghost,
     "scene": scene,
+    "board": board,
 }
 
 

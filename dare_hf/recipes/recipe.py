@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-TASKS = ("maze", "frozen_lake", "ghost", "scene")
+TASKS = ("maze", "frozen_lake", "ghost", "scene", "board")
 
 
 @dataclass(frozen=True)

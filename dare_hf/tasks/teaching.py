@@ -14,7 +14,7 @@ from transformers import ChameleonProcessor
 from dare_hf.errors import DareInputError
 from dare_hf.generation.boxes import crop_pixels
 from dare_hf.routing.selection import isin_ids
-from dare_hf.tasks import render, scene
+from dare_hf.tasks import board, board_render, render, scene
 from dare_hf.tasks.frozen_lake import FrozenLakeItem
 from dare_hf.tasks.ghost import GhostItem
 from dare_hf.tasks.maze import MazeItem
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    Item = MazeItem | FrozenLakeItem | GhostItem | scene.SceneItem
+    Item = MazeItem | FrozenLakeItem | GhostItem | scene.SceneItem | board.BoardItem
 
 IGNORED = -100
 
@@ -41,6 +41,8 @@ def solution(item: Item) -> tuple[str, str, list[Image.Image]]:
     Raises:
         DareInputError: It is no item of a task.
     """
+    if isinstance(item, board.BoardItem):
+        return item.prompt, f" {item.response}", [board_render.item_to_image(item)]
     if isinstance(item, scene.SceneItem):
         picture = scene_to_image(item)
         looks = [shape.box for shape in item.looks()]
@@ -63,7 +65,7 @@ def batch(model: Any, processor: Any, items: Sequence[Item]) -> dict[str, Tensor
     Args:
         model: dare-tiny-anole or dare-tiny-volcano, or a model of their kind.
         processor: Its processor.
-        items: Items of MAZE, FrozenLake and Ghost Letters, mixed as you like, or of SCENE.
+        items: Items of MAZE, FrozenLake and Ghost Letters, mixed as you like, or of SCENE or BOARD.
 
     Returns:
         input_ids [B, S] padded on the left, attention_mask, labels (-100 on prompts, pads and what
