@@ -62,6 +62,9 @@ REFUSED = {
     "recent_tokens": [-1, 2.0, True, "2", None, NAN],
     "first_layers_whole": ["two", -1, 0.5, 1.0, NAN, True, None, (3,), 1025],
     "cut_layer": ["half", -1, 0.0, 1.0, 1.5, -0.5, NAN, True, None, (3,)],
+    "stages": [1, None, "ab", (1, 2), [(0.5,)], [(-1, 1)], [(1.0, 1)], [(True, 1)], [(1, 0)]],
+    "recycle": [1, 0, None, "yes"],
+    "hop_summary": NOT_A_COUNT,
     "scorer": ["", None, 3, ["attention"]],
     "hop_delimiters": ["</coor>", 5, None, [""], [[]], [-1], [1.5], [True], [[1, -2]], [None]],
     "always_keep_token_ids": [*NOT_IDS, None],
@@ -91,6 +94,9 @@ ACCEPTED = {
         ("learned", "learned"),
         ([[1, 0.5], (0.25, 1)], ((1.0, 0.5), (0.25, 1.0))),
     ],
+    "stages": [((), ()), ([[2, 1], (0.5, 0.25)], ((2, 1.0), (0.5, 0.25)))],
+    "recycle": [(True, True)],
+    "hop_summary": [(None, None), (1, 1)],
     "recent_share": [(0, 0.0), (1, 1.0)],
     "recent_tokens": [(0, 0), (np.int64(3), 3)],
     "first_layers_whole": [("auto", "auto"), (0, 0), (np.int64(3), 3)],
@@ -170,14 +176,17 @@ def test_defaults_are_the_contract() -> None:
         "recent_tokens": 32,
         "recent_share": 0.75,
         "cut_layer": "auto",
+        "stages": (),
         "first_layers_whole": "auto",
         "prefix_tokens": 2,
         "pruned": "bypass",
+        "recycle": False,
         "scorer": "attention",
         "hop_delimiters": (),
         "hop_aware": True,
         "max_hops": 8,
         "hop_decay": 1.0,
+        "hop_summary": None,
         "hop_score": None,
         "hop_budget": None,
         "max_kv_tokens": None,
@@ -334,7 +343,7 @@ def test_presets() -> None:
 
 
 def test_preset_refusals() -> None:
-    with pytest.raises(DareConfigError, match=r"'literal', 'safe'.*got 'fast'"):
+    with pytest.raises(DareConfigError, match=r"'literal'.*'safe'.*got 'fast'"):
         DareConfig.preset("fast")
     with pytest.raises(DareConfigError, match="vision_retention"):
         DareConfig.preset("safe", vision_retention=1.5)

@@ -31,6 +31,7 @@ from dare_hf.config.fields import (
 from dare_hf.config.json_file import read_object
 from dare_hf.config.model_card import write_card
 from dare_hf.errors import DareConfigError
+from dare_hf.policies import POLICIES
 
 # What these fields are where nobody names them: under the schedule "safe", and under any other.
 _SAFE: dict[str, Any] = {
@@ -71,6 +72,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ratio": "per_rate",
         "loss_reduction": "sum",
     },
+    **{policy.name: policy.fields for policy in POLICIES},
 }
 
 
@@ -96,8 +98,9 @@ class DareConfig(PeftConfig):
         schedule: how the target spreads over layers: "safe" (vision 1 : 1/2 : 1/4 by thirds of the
             depth; text as "ramp"), "two_stage" (one rate up to cut_layer, a quarter of it behind,
             for vision; even for text), "ramp" (linear in depth, falling), "constant" (the target
-            everywhere), "learned" (an adapter's table), or one (vision, text) pair in (0, 1] for
-            each layer. By default "safe", and "two_stage" where the scorer is "router".
+            everywhere), "stages" (what `stages` says), "learned" (an adapter's table), or one
+            (vision, text) pair in (0, 1] for each layer. By default "safe", and "two_stage" where
+            the scorer is "router".
         plan_every: layers that share one selection, >= 1; by default 4 under "safe", else 1.
         batch_budget: "row" gives each row of a batch its own token count; "equal" gives every row
             the batch's largest (no masks, but a row's result then depends on its batch).
@@ -110,18 +113,28 @@ class DareConfig(PeftConfig):
             decides, [0, 1]; by default 0.75 under "safe", else 0.
         cut_layer: last layer of two_stage's first stage: "auto" (half the depth), a layer index
             >= 0 or a fraction of the depth in (0, 1).
+        stages: of the schedule "stages", pairs (start, weight): from the layer `start` on, an index
+            >= 0 or a fraction of the depth in (0, 1) rounded up, a layer's vision rate is in
+            proportion to `weight` > 0. Layers before the first stage keep everything.
         first_layers_whole: first decoder layers that keep everything, 0 to 1024; the others hold
-            the mean. "auto": 2 in models of 8 layers or more, but 0 under "constant" and a list.
+            the mean. "auto": 2 in models of 8 layers or more, but 0 under "constant", "stages" and
+            a list.
         prefix_tokens: first tokens of every hop that are always kept, >= 0.
         pruned: what happens to a token that is not kept: "bypass" skips this layer and competes
             again in the next, "drop" is out for all deeper layers.
+        recycle: the best third of the vision tokens that a selection drops are clustered, and the
+            clusters' means take part of the budget, in dropped tokens' places; needs
+            ``pruned="drop"`` and ``scorer="text_raters"``.
         scorer: "attention", "router" (needs a trained adapter), "random", "key_norm", "position",
-            "recent" or a name given to register_scorer.
+            "recent", those of baselines ("last_query", "own_attention", "text_raters", "diverse")
+            or a name given to register_scorer.
         hop_delimiters: what ends a hop of generated tokens: token ids >= 0, sequences of them, or
             strings (where a processor is given).
         hop_aware: rates per hop (True) or one row of rates for all hops.
         max_hops: hops with rates of their own, 1 to 1024; later hops use the last one's.
         hop_decay: factor on the vision rates for each hop after hop 1, in (0, 1].
+        hop_summary: a closed hop after the prompt keeps its best so many tokens, text first, >= 1,
+            whatever the rates; needs ``hop_budget="per_hop"``. None: rates say it.
         hop_score: score by which closed hops are thinned: "stored" (when the token was processed)
             or "observed" (by the hop's last queries). None: "observed" for the attention scorer.
         hop_budget: "pooled" lets tokens of all closed hops compete, "per_hop" those of one
@@ -170,14 +183,17 @@ class DareConfig(PeftConfig):
     recent_tokens: int = 32
     recent_share: float = unnamed(_SAFE["recent_share"])
     cut_layer: int | float | Literal["auto"] = "auto"
+    stages: tuple[tuple[int | float, float], ...] = ()
     first_layers_whole: int | Literal["auto"] = "auto"
     prefix_tokens: int = 2
     pruned: Pruned = "bypass"
+    recycle: bool = False
     scorer: str = "attention"
     hop_delimiters: tuple[int | tuple[int, ...] | str, ...] = ()
     hop_aware: bool = True
     max_hops: int = 8
     hop_decay: float = 1.0
+    hop_summary: int | None = None
     hop_score: HopScore | None = None
     hop_budget: HopBudget | None = None
     max_kv_tokens: int | None = None
@@ -285,8 +301,9 @@ class DareConfig(PeftConfig):
         """A named configuration, with some fields set otherwise.
 
         Args:
-            name: "safe" (training-free, what ``apply_dare(model)`` uses) or "literal" (trained as
-                the paper writes it, for comparison; docs/method.md, section 7).
+            name: "safe" (training-free, what ``apply_dare(model)`` uses), "literal" (trained as
+                the paper writes it, for comparison; docs/method.md, section 7) or a baseline of
+                `dare_hf.policies`.
             overrides: fields of DareConfig that replace the preset's.
 
         Raises:

@@ -28,7 +28,7 @@ class DarePeftType(str, Enum):  # noqa: UP042 - as peft's own PeftType, whose st
 
 PEFT_TYPE = DarePeftType.DARE_ROUTER
 
-Schedule = Literal["safe", "two_stage", "ramp", "constant", "learned"]
+Schedule = Literal["safe", "two_stage", "ramp", "stages", "constant", "learned"]
 BatchBudget = Literal["row", "equal"]
 Pruned = Literal["bypass", "drop"]
 HopScore = Literal["stored", "observed"]
@@ -82,6 +82,30 @@ def _cut_layer(name: str, value: Any) -> int | float | str:
     raise refuse(name, '"auto", a layer index >= 0 or a fraction of the depth in (0, 1)', value)
 
 
+def _stages(name: str, value: Any) -> tuple[tuple[int | float, float], ...]:
+    expected = "pairs (where a stage begins: a layer >= 0 or a fraction in (0, 1); its weight > 0)"
+    if not isinstance(value, list | tuple):
+        raise refuse(name, expected, value)
+    at_most(name, MOST_LAYERS, "stages", value)
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value):
+        raise refuse(name, expected, value)
+    return tuple(
+        (
+            _stage_start(f"{name}[{index}] start", start),
+            _positive(f"{name}[{index}] weight", weight),
+        )
+        for index, (start, weight) in enumerate(value)
+    )
+
+
+def _stage_start(name: str, value: Any) -> int | float:
+    if isinstance(value, Integral) and not isinstance(value, bool) and 0 <= value <= MOST_LAYERS:
+        return int(value)
+    if isinstance(value, Real) and not isinstance(value, Integral) and 0 < value < 1:
+        return float(value)
+    raise refuse(name, "a layer index >= 0 or a fraction of the depth in (0, 1)", value)
+
+
 def _first_layers_whole(name: str, value: Any) -> int | str:
     if isinstance(value, str) and value == "auto":
         return value
@@ -130,14 +154,17 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "recent_tokens": integer("an integer >= 0", 0),
     "recent_share": _share,
     "cut_layer": _cut_layer,
+    "stages": _stages,
     "first_layers_whole": _first_layers_whole,
     "prefix_tokens": integer("an integer >= 0", 0),
     "pruned": choice(Pruned),
+    "recycle": flag,
     "scorer": text("the name of a scorer"),
     "hop_delimiters": _delimiters,
     "hop_aware": flag,
     "max_hops": integer("an integer >= 1", 1, MOST_HOPS),
     "hop_decay": _rate,
+    "hop_summary": optional(_count),
     "hop_score": optional(choice(HopScore)),
     "hop_budget": optional(choice(HopBudget)),
     "max_kv_tokens": optional(_count),

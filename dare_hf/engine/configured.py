@@ -35,10 +35,10 @@ class InUse:
 
     @cached_property
     def never_prunes(self) -> bool:
-        """Whether every rate is 1 and nothing is capped."""
+        """Whether every rate is 1, nothing is capped and hops are kept whole."""
         table, config = self.settings.table, self.settings.config
         rates = [rate for row in (*table.vision, *table.text) for rate in row]
-        return min(rates) >= 1.0 and config.max_kv_tokens is None
+        return min(rates) >= 1.0 and config.max_kv_tokens is None and config.hop_summary is None
 
     @cached_property
     def unthinned(self) -> set[int]:

@@ -7,10 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dare_hf.routing.clusters import Merged, merged_tokens, room_for_clusters
 from dare_hf.routing.counts import kept_counts, span_budgets
 from dare_hf.routing.first import taken_first
 from dare_hf.routing.kinds import TEXT, VISION
-from dare_hf.routing.selection import competitors, gather_index, keep_mask, kept_columns
+from dare_hf.routing.selection import (
+    competitors,
+    gather_index,
+    keep_mask,
+    kept_columns,
+    last_columns,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +25,8 @@ if TYPE_CHECKING:
     from dare_hf.config import DareConfig
     from dare_hf.forward.facts import ForwardContext
     from dare_hf.routing.retention import RetentionTable
+
+    Rows = list[list[int]]
 
 
 @dataclass
@@ -33,6 +42,7 @@ class Plan:
         keep: Bool[B, S] the running tokens; None when all real ones run.
         scores: Float32[B, S] they were chosen by, None where none were needed.
         chosen: Per row whether anything was chosen in it; () where nothing was in any.
+        merged: What takes the places of some of the running tokens where this layer begins.
         cut: Whether transformers hands the layer its last columns only.
         gathered: What was gathered for this plan, by argument name and identity; None once the
             forward is over (kept, it would hold the very tensors a recomputation is found by).
@@ -45,6 +55,7 @@ class Plan:
     keep: Tensor | None = None
     scores: Tensor | None = None
     chosen: tuple[bool, ...] = ()
+    merged: Merged | None = None
     cut: bool = False
     gathered: dict[Any, tuple[Any, Any]] | None = field(default_factory=dict)
     _queries: tuple[Tensor, Tensor] | None = None
@@ -53,6 +64,13 @@ class Plan:
     def plain(self) -> bool:
         """Whether the layer runs on HF's own tensors: nothing pruned, only pads may be dead."""
         return self.keep is None
+
+    def inputs(self, hidden: Tensor, layer: int) -> Tensor:
+        """What `layer` reads: [B, S, D] with the merged vectors where they are to be."""
+        if self.merged is None or self.merged.layer != layer:
+            return hidden
+        places = (self.merged.rows.to(hidden.device), self.merged.columns.to(hidden.device))
+        return hidden.index_put(places, self.merged.vectors.to(hidden))
 
     def rows(self, context: ForwardContext) -> Tensor:
         """Long[B|1, K]: running columns among the S new ones."""
@@ -87,9 +105,7 @@ class Plan:
             text = span & (self.take(context.modality) == TEXT)
             enough = text.sum(1, keepdim=True) >= window
             eligible = torch.where(enough, text, span)
-            order = torch.arange(1, self.width + 1, device=span.device) * eligible
-            last = order.topk(min(window, self.width), dim=1).values
-            self._queries = (last - 1).clamp(min=0), last > 0
+            self._queries = last_columns(eligible, window)
         return self._queries
 
     def tail(self, context: ForwardContext, width: int) -> Plan:
@@ -153,7 +169,12 @@ class Planner:
         return rows if any(rows) else ()
 
     def plan(
-        self, context: ForwardContext, layer: int, scores: Tensor, before: Plan | None
+        self,
+        context: ForwardContext,
+        layer: int,
+        scores: Tensor,
+        before: Plan | None,
+        hidden: Tensor | None = None,
     ) -> Plan:
         """Select the tokens of `layer`.
 
@@ -162,6 +183,7 @@ class Planner:
             layer: The layer that selects.
             scores: Float32[B, S].
             before: The plan of the layer before, for pruned="drop".
+            hidden: [B, S, D] what enters the layer, for `recycle`.
         """
         rows = self.budgets(context, layer)
         span, forced_mask = context.span_and_forced()
@@ -170,7 +192,9 @@ class Planner:
             available, candidates = before.kept, span & before.keep
         kept = list(map(kept_counts, rows, context.forced_counts, available))
         device = context.device
-        wanted = torch.tensor(kept).to(device, non_blocking=True)
+        clusters = self._clusters(kept, context.forced_counts, available)
+        chosen = [[text, vision - c] for (text, vision), c in zip(kept, clusters, strict=True)]
+        wanted = torch.tensor(chosen).to(device, non_blocking=True)
         shares = self.config.uniform_share, self.config.recent_share
         first = taken_first(context.modality, candidates, forced_mask, wanted, *shares)
         largest = (max(k[TEXT] for k in kept), max(k[VISION] for k in kept))
@@ -180,8 +204,23 @@ class Planner:
         keep = keep_mask(
             scores, context.modality, candidates, forced_mask, wanted, largest, first, groups
         )
+        merged = None
+        if any(clusters) and hidden is not None:
+            kinds = context.modality
+            merged = merged_tokens(layer, hidden, scores, kinds, candidates, keep, clusters)
+        if merged is not None:
+            keep = keep.index_put((merged.rows, merged.columns), torch.tensor(True, device=device))
         plan = self._finish(context, keep, kept, scores)
-        return replace(plan, chosen=self.prunes(context, layer, before))
+        return replace(plan, chosen=self.prunes(context, layer, before), merged=merged)
+
+    def _clusters(self, kept: Rows, forced: Rows, available: Rows) -> list[int]:
+        """Per row how many of its vision budget are clusters of what is dropped."""
+        if not self.config.recycle:
+            return [0] * len(kept)
+        rows = zip(kept, forced, available, strict=True)
+        return [
+            min(room_for_clusters(k[VISION], n[VISION]), k[VISION] - f[VISION]) for k, f, n in rows
+        ]
 
     def _finish(
         self, context: ForwardContext, keep: Tensor, kept: list[list[int]], scores: Tensor

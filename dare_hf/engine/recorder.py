@@ -271,7 +271,8 @@ class Recorder:
                 continue
             before = context.plans[index - 1].kept if index else []
             cost = ScoringCost(self.scorer, self.shapes, self.builder.hidden)
-            flops += cost.of(index, tokens, [sum(row) for row in before], keys[max(index - 1, 0)])
+            ran, seen = [sum(row) for row in before], keys[max(index - 1, 0)]
+            flops += cost.of(index, tokens, ran, seen, context.counts)
         self.builder.scorer(flops, phase)
 
     def _note_span(self, context: ForwardContext) -> None:

@@ -14,7 +14,6 @@ from dare_hf.engine.plan import Plan, keep_all
 from dare_hf.forward.facts import KeyView
 from dare_hf.hops.in_forward import restrict
 from dare_hf.routing.scores import HeadMean, local_mean
-from dare_hf.scoring.attention import score_span
 from dare_hf.scoring.observe import AttentionCall, push_next, push_queries
 from dare_hf.simulation import damped, simulated_forward
 
@@ -87,7 +86,8 @@ class LayerState:
             return
         with torch.no_grad():
             if self.controller.captures(self.index, context):
-                score_span(context, self.index, tensors, call)
+                scorer: Any = self.controller.scorer  # one that needs attention observes it
+                scorer.observe(context, self.index, tensors, call)
             if self.controller.keeps_queries(self.index) and context.cache is not None:
                 running = context.columns[:, -tensors[0].shape[2] :]
                 dense = context.plans[self.index].live is None
@@ -117,7 +117,9 @@ def routed_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
         state.controller.remember_context(kwargs, context)
         return simulated_forward(layer, state, context, hidden_states, kwargs)
     controller = state.controller
+    context.rotary = kwargs.get("position_embeddings")
     plan = _plan_for(layer, state, context, controller.anatomy.scored(hidden_states))
+    hidden_states = plan.inputs(hidden_states, state.index)
     controller.remember_context(kwargs, context)
     if controller.anatomy.sources.count(state.index) > 1:
         context.keys[state.index] = _key_view(state, context, plan, kwargs)
@@ -152,6 +154,9 @@ def _plan_for(layer: nn.Module, state: LayerState, context: ForwardContext, hidd
         width = hidden.shape[1]
         context.plans[index] = plan = plan if width == context.length else plan.tail(context, width)
         return plan
+    scorer: Any = controller.scorer
+    if index == 0 and scorer.reads_inputs:
+        scorer.read_inputs(context, hidden.detach())
     source = controller.table.plan_layers[index]
     before = controller.plan_before(index, context)
     if controller.is_exempt(index, context) and not controller.config.multiplies:
@@ -189,7 +194,7 @@ def _select(
             # nor would a layer that keeps all of a row score that row, were it alone
             alone = torch.tensor(rows).to(scores.device, non_blocking=True)
             scores = scores.masked_fill(~alone[:, None], 0.0)
-        return controller.planner.plan(context, index, scores, before)
+        return controller.planner.plan(context, index, scores, before, hidden.detach())
 
 
 def _slot(state: LayerState, context: ForwardContext, kwargs: dict[str, Any]) -> DareLayer | None:

@@ -22,6 +22,7 @@ from dare_hf.routing.retention import (
     learned_table,
     whole_layers,
 )
+from dare_hf.scoring.attended import AttendedScorer
 from dare_hf.scoring.base import Scorer, make_scorer
 
 if TYPE_CHECKING:
@@ -134,10 +135,43 @@ def resolve(model: Any, config: DareConfig, anatomy: Anatomy, processor: Any = N
         prefix=config.prefix_tokens,
         delimiters=delimiters,
         window=config.decode_window,
-        type_ids=spec.type_ids,
+        # without image ids no token is vision, whatever a processor says
+        type_ids=() if config.image_token_ids == () else spec.type_ids,
     )
+    _check_together(config, table, scorer)
     notes = _missed(config, table)
     return Settings(config, table, scorer, rules, anatomy.sources, first_whole, notes)
+
+
+def _check_together(config: DareConfig, table: RetentionTable, scorer: Scorer) -> None:
+    """Refuse fields that do nothing, or something else, without others.
+
+    Raises:
+        DareConfigError: There are such.
+    """
+    if config.recycle and (config.pruned, config.scorer) != ("drop", "text_raters"):
+        raise DareConfigError(
+            "recycle: expected pruned='drop' and scorer='text_raters' beside it; got pruned="
+            f"{config.pruned!r} and scorer={config.scorer!r}. Set those, or leave recycle out"
+        )
+    if config.hop_summary is not None and (config.learns_rates or config.scorer == "router"):
+        raise DareConfigError(
+            "hop_summary: expected an untrained scorer and a schedule that is not learned, since "
+            "training deals out the budgets of rates alone; got "
+            f"scorer={config.scorer!r}, schedule={config.schedule!r}. Leave hop_summary out"
+        )
+    if config.hop_summary is not None and config.resolved_hop_budget != "per_hop":
+        raise DareConfigError(
+            "hop_summary: expected hop_budget='per_hop' beside it; got "
+            f"{config.resolved_hop_budget!r}, under which all closed hops are one. Set it"
+        )
+    first = min(row[0] for row in (*table.vision, *table.text))
+    if isinstance(scorer, AttendedScorer) and first < 1.0:
+        raise DareConfigError(
+            f"scorer: expected a first layer that keeps everything under {config.scorer!r}, which "
+            f"scores by the attention of the layer before; got a rate of {first:.4g} in layer 0. "
+            "Set first_layers_whole=1 or more, or stages that begin later"
+        )
 
 
 def _protects(scorer: Scorer, config: DareConfig) -> bool:
@@ -244,6 +278,7 @@ def rates_of(
         vision_retention=config.vision_retention,
         text_retention=config.text_retention,
         cut_layer=config.cut_layer,
+        stages=config.stages,
         plan_every=config.plan_every,
         shares_rates=learns,
         max_hops=config.max_hops if config.hop_aware else 1,

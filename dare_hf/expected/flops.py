@@ -56,7 +56,9 @@ def expected_flops(subject: Subject, prompt: HopTokens) -> ExpectedFlops:
     head = _head(subject.anatomy)
     plain = subject.plain()
     return ExpectedFlops(
-        prefill=_forward(subject, ran, ran) + _scores(subject, scored, tokens, ran, ran) + head,
+        prefill=_forward(subject, ran, ran)
+        + _scores(subject, scored, tokens, ran, ran, prompt.span)
+        + head,
         decode=_forward(subject, [1] * len(ran), [n + 1 for n in ran])
         + _scores(subject, _stored_sampled(subject), 1, [0] * len(ran), [n + 1 for n in ran])
         + head,
@@ -80,13 +82,15 @@ def _scores(
     tokens: int,
     queries: Sequence[int],
     keys: Sequence[int],
+    span: Sequence[int] = (),
 ) -> int:
     assert subject.anatomy is not None
     hidden = subject.anatomy.text_config.hidden_size
     cost = ScoringCost(subject.rules.config.scorer, subject.shapes, hidden)
     before = [max(layer - 1, 0) for layer in layers]
     pairs = zip(layers, before, strict=True)
-    return sum(cost.of(layer, tokens, [queries[b]], [keys[b]]) for layer, b in pairs)
+    rows = [span] if span else []
+    return sum(cost.of(layer, tokens, [queries[b]], [keys[b]], rows) for layer, b in pairs)
 
 
 def _selecting(subject: Subject) -> list[int]:

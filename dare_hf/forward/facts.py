@@ -69,6 +69,10 @@ class ForwardContext:
         cached_before: Per layer the real tokens per row its cache held before.
         attention_score: Float[B, S] running score of the attention scorer.
         attention_layer: The layer whose attention gave it last.
+        raters: Bool[B, S] the text whose attention scores (`text_raters`); None where there is no
+            such choice.
+        rotary: The rotary embedding of the layer that runs now, cosines and sines; None where it is
+            given none.
         columns: Long[B|1, C] logical position of each key of the layer that runs now.
         column_scores: Float32[B, C'] stored scores of the cached ones among them.
         inner_hops: The hops that begin inside this forward, None where none does.
@@ -105,6 +109,8 @@ class ForwardContext:
     full_plan: Plan | None = None
     attention_score: Tensor | None = None
     attention_layer: int = -1
+    raters: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
     columns: Tensor | None = None
     column_scores: Tensor | None = None
     inner_hops: InnerHops | None = None
@@ -121,6 +127,7 @@ class ForwardContext:
 
     def release(self) -> None:
         """Let go of what was gathered: it would hold the tensors a recomputation is found by."""
+        self.rotary = None
         for plan in self.plans.values():
             plan.gathered = None
         if self.simulation is not None:

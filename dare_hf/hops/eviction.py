@@ -41,7 +41,7 @@ class StoredTokens(NamedTuple):
 
 def never_thins(config: DareConfig, table: RetentionTable, layer: int) -> bool:
     """Whether a layer keeps all its stored tokens at every hop, so that no score matters there."""
-    if config.max_kv_tokens is not None or config.pruned == "drop":
+    if config.max_kv_tokens is not None or config.pruned == "drop" or config.hop_summary:
         return False
     return all(row[layer] >= 1.0 for row in (*table.vision, *table.text))
 
@@ -94,7 +94,7 @@ class HopPruner:
                 )
             ]
         )
-        return closed_budgets(self.table, layers, self.due, groups)
+        return closed_budgets(self.table, layers, self.due, groups, self.config.hop_summary)
 
     @property
     def pooled(self) -> bool:

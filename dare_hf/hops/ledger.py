@@ -173,7 +173,8 @@ class Ledger:
             closed_groups(by_hop(counts), hop, pooled=pooled) for counts in (tokens, pinned)
         )
         layers = self._with_sampled(hop, tokens)
-        budgets = closed_budgets(rules.table, range(len(layers)), [hop], whole[None])[:, 0]
+        summary = rules.config.hop_summary
+        budgets = closed_budgets(rules.table, range(len(layers)), [hop], whole[None], summary)[:, 0]
         drops, done = rules.config.pruned == "drop", list[Held]()
         before: _Shallower | None = None
         # Under "drop" a layer waits for the one before it; else they are counted together.

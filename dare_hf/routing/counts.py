@@ -79,16 +79,21 @@ def closed_budgets(
     layers: Sequence[int],
     begun: Sequence[int],
     groups: Int[Tensor, "rows groups 2"],
+    summary: int | None = None,
 ) -> Int[Tensor, "layers rows groups 2"]:
     """Budgets of the groups when hops begin; from hop 0 to hop 1 nothing goes.
 
     Law: `budget` of each rate and count.
 
+    With a `summary` the hops after the prompt keep so many tokens instead, text before vision.
+
     Args:
         table: The rates.
         layers: The layers.
         begun: Per row the hop that begins.
-        groups: All real tokens of each group (`closed_groups`), on the host.
+        groups: All real tokens of each group (`closed_groups`), on the host; one group of each hop
+            with a summary.
+        summary: `hop_summary`.
 
     Source: docs/method.md, section 5.
     """
@@ -98,4 +103,10 @@ def closed_budgets(
     ]
     # Python's floats, so that the ceiling is that of `budget` to the bit
     exact = torch.tensor(rates, dtype=torch.float64)[:, :, None]
-    return (exact * groups - CEIL_SLACK).ceil().long().clamp(min=1).minimum(groups)
+    budgets = (exact * groups - CEIL_SLACK).ceil().long().clamp(min=1).minimum(groups)
+    if summary is not None:
+        later = groups[:, 1:]
+        text = later[..., TEXT].clamp(max=summary)
+        vision = (summary - text).minimum(later[..., VISION])
+        budgets[:, :, 1:] = torch.stack([text, vision], dim=-1)
+    return budgets

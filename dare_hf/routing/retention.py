@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dare_hf.errors import DareConfigError
 from dare_hf.routing.kinds import TEXT, VISION
+from dare_hf.routing.stages import Stages, first_stage, listed_weights
 
 # A rate is never 0: `budget` turns the smallest one into one token.
 MIN_RATE = 1e-6
@@ -25,7 +26,7 @@ UNSCORED_LAYERS = 2
 # What first_layers_whole="auto" keeps whole of a model of at least so many decoder layers.
 WHOLE_LAYERS, LEAST_DEPTH = 2, 8
 # The schedules that spread a target over the layers.
-NAMED = ("safe", "two_stage", "ramp", "constant")
+NAMED = ("safe", "two_stage", "ramp", "stages", "constant")
 
 Row = tuple[float, ...]
 
@@ -113,13 +114,14 @@ def resolve_cut_layer(cut_layer: int | float | str, num_layers: int) -> int:
 def whole_layers(first_layers_whole: int | str, schedule: object, depth: int) -> int:
     """First decoder layers that keep everything, of a model of `depth` of them.
 
-    Law: "auto" is 2 in a model of at least 8, but 0 under "constant" and lists, which are literal.
+    Law: "auto" is 2 in a model of at least 8, but 0 under "constant", "stages" and lists, which are
+    literal.
 
     Source: docs/method.md, section 3.
     """
     if isinstance(first_layers_whole, int):
         return first_layers_whole
-    literal = schedule == "constant" or not isinstance(schedule, str)
+    literal = schedule in ("constant", "stages") or not isinstance(schedule, str)
     return 0 if literal or depth < LEAST_DEPTH else WHOLE_LAYERS
 
 
@@ -130,6 +132,7 @@ def build_table(
     vision_retention: float,
     text_retention: float,
     cut_layer: int | float | str = "auto",
+    stages: Stages = (),
     plan_every: int = 1,
     shares_rates: bool = False,
     max_hops: int = 1,
@@ -147,10 +150,11 @@ def build_table(
 
     Args:
         num_layers: decoder layers L.
-        schedule: "two_stage", "safe", "ramp", "constant", or L pairs (vision, text).
+        schedule: "two_stage", "safe", "ramp", "stages", "constant", or L pairs (vision, text).
         vision_retention: target share of vision tokens in (0, 1]; a list does not read it.
         text_retention: target share of text tokens in (0, 1]; a list does not read it.
         cut_layer: last layer of the first stage of "two_stage"; see `resolve_cut_layer`.
+        stages: of "stages", where each begins and its weight; see `stage_weights`.
         plan_every: a layer selects when its index is a multiple, or when its rates differ from the
             layer's before; the others reuse the last selection.
         shares_rates: of vision, layers take the weight of the last multiple of `plan_every` in
@@ -174,6 +178,8 @@ def build_table(
     if isinstance(schedule, str) and schedule in NAMED:
         history = scorer_needs_history and schedule in ("safe", "two_stage")
         start = max(first_whole, UNSCORED_LAYERS if history else 0)
+        if schedule == "stages":
+            start = max(start, first_stage(stages, num_layers))
         free = [layer >= start and layer not in whole for layer in layers]
         runs = [1] * num_layers if runs is None else runs
         # "constant" is the target in every layer that can have it, whatever the others keep
@@ -182,7 +188,7 @@ def build_table(
         if schedule == "ramp":
             vision = ramp(vision_retention, plans, free, runs)
         else:
-            weights = stage_weights(num_layers, schedule, cut_layer)
+            weights = stage_weights(num_layers, schedule, cut_layer, stages)
             if shares_rates:
                 weights = [weights[plan] for plan in plans]
             vision = spread(vision_retention, weights, beside, runs)
@@ -277,8 +283,15 @@ def ramp(target: float, plans: Sequence[int], free: Sequence[bool], runs: Sequen
     )
 
 
-def stage_weights(num_layers: int, schedule: str, cut_layer: int | float | str) -> list[float]:
-    """What each layer keeps of vision relative to the first layer, by the schedule's shape.
+def stage_weights(
+    num_layers: int,
+    schedule: str,
+    cut_layer: int | float | str,
+    stages: Stages = (),
+) -> list[float]:
+    """What each layer keeps of vision relative to the others, by the schedule's shape.
+
+    Of "stages" see `listed_weights`.
 
     Raises:
         DareConfigError: the cut layer does not exist.
@@ -287,6 +300,8 @@ def stage_weights(num_layers: int, schedule: str, cut_layer: int | float | str) 
     """
     if schedule == "constant":
         return [1.0] * num_layers
+    if schedule == "stages":
+        return listed_weights(stages, num_layers)
     if schedule == "two_stage":
         cut = resolve_cut_layer(cut_layer, num_layers)
         return [1.0 if layer <= cut else LATE_SHARE for layer in range(num_layers)]
@@ -337,8 +352,8 @@ def _listed_rows(schedule: str | Sequence[Sequence[float]], num_layers: int) -> 
         )
     if isinstance(schedule, str):
         raise DareConfigError(
-            f'schedule must be "two_stage", "safe", "ramp", "constant", "learned" or pairs, '
-            f"got {schedule!r}."
+            'schedule must be "two_stage", "safe", "ramp", "stages", "constant", "learned" or '
+            f"pairs, got {schedule!r}."
         )
     if len(schedule) != num_layers:
         raise DareConfigError(

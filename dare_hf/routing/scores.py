@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dare_hf.routing.kinds import TEXT, VISION
+
 RMS_EPS = 1e-6
 _WORD = 0xFFFFFFFF
 
@@ -169,6 +171,78 @@ def attention_scores(
     raw = raw.masked_fill(~span, 0.0)
     usual = (raw * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
     return raw / usual.clamp(min=torch.finfo(raw.dtype).tiny)
+
+
+def text_raters(
+    hidden: Float[Tensor, "batch tokens dim"],
+    modality: Int[Tensor, "batch tokens"],
+    span: Bool[Tensor, "batch tokens"],
+) -> Bool[Tensor, "batch tokens"]:
+    """The text behind a row's first vision token that its vision tokens match best.
+
+    ``softmax over that text of (V T^t)``, mean over the vision rows: what is above the mean of
+    these rates; where nothing is (a single token), all of it.
+
+    Args:
+        hidden: Input embeddings.
+        modality: TEXT, VISION or PAD.
+        span: Tokens that count.
+
+    Source: SparseVLM (arXiv 2410.04417), section 3.2.
+    """
+    vision = (modality == VISION) & span
+    text = (modality == TEXT) & span & (vision.cumsum(1) > 0)
+    wide = _wide(hidden)
+    logits = (wide @ wide.transpose(1, 2)).masked_fill(~text[:, None], -torch.inf)
+    shares = logits.softmax(-1).masked_fill(~(vision[:, :, None] & text[:, None]), 0.0)
+    share = shares.sum(1) / vision.sum(1, keepdim=True).clamp(min=1)
+    mean = share.sum(1, keepdim=True) / text.sum(1, keepdim=True).clamp(min=1)
+    above = text & (share > mean)
+    return torch.where(above.any(1, keepdim=True), above, text)
+
+
+def diverse_scores(
+    features: Float[Tensor, "batch tokens dim"],
+    eligible: Bool[Tensor, "batch tokens"],
+    hop: Int[Tensor, "batch tokens"],
+) -> Float[Tensor, "batch tokens"]:
+    """``1 - rank / n`` in the greedy order of the tokens of one row and hop; 0 of others.
+
+    First the token whose nearest neighbour is farthest by cosine distance, then always the one
+    whose nearest among those taken is. One step a token, with host syncs.
+
+    Args:
+        features: Of each token.
+        eligible: Tokens that are ranked.
+        hop: Hop of each token; those of different hops are ranked apart.
+
+    Source: DivPrune (arXiv 2503.02175).
+    """
+    scores = features.new_zeros(eligible.shape, dtype=torch.float32)
+    for row in range(eligible.shape[0]):
+        for own in hop[row][eligible[row]].unique().tolist():
+            columns = (eligible[row] & (hop[row] == own)).nonzero()[:, 0]
+            unit = torch.nn.functional.normalize(_wide(features[row, columns]), dim=-1)
+            order = _farthest_first(1 - unit @ unit.T)
+            scores[row, columns[order]] = 1 - torch.arange(
+                len(order), dtype=torch.float32, device=scores.device
+            ) / len(order)
+    return scores
+
+
+def _farthest_first(distance: Float[Tensor, "points points"]) -> Int[Tensor, " points"]:
+    """The greedy max-min order of points."""
+    count = distance.shape[0]
+    alone = torch.eye(count, dtype=torch.bool, device=distance.device)
+    nearest = distance.masked_fill(alone, torch.inf).min(1).values
+    taken: list[Tensor] = []
+    open_ = torch.ones(count, dtype=torch.bool, device=distance.device)
+    for step in range(count):
+        place = nearest.masked_fill(~open_, -torch.inf).argmax()
+        taken.append(place)
+        open_[place] = False
+        nearest = distance[place] if step == 0 else torch.minimum(nearest, distance[place])
+    return torch.stack(taken)
 
 
 def squared_attention(

@@ -280,6 +280,15 @@ def newest(valid: Bool[Tensor, "batch tokens"], count: Any) -> Bool[Tensor, "bat
     return valid & (rank > rank[:, -1:] - count)
 
 
+def last_columns(
+    eligible: Bool[Tensor, "batch tokens"], count: int
+) -> tuple[Int[Tensor, "batch count"], Bool[Tensor, "batch count"]]:
+    """The columns of each row's last `count` eligible tokens, and which of them there are."""
+    order = torch.arange(1, eligible.shape[1] + 1, device=eligible.device) * eligible
+    last = order.topk(min(count, eligible.shape[1]), dim=1).values
+    return (last - 1).clamp(min=0), last > 0
+
+
 def image_borders(modality: Int[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
     """Text tokens directly before or after a vision token (pads skipped): image delimiters.
 

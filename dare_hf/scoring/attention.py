@@ -28,6 +28,7 @@ class AttentionScorer:
     untrained: bool = True
     yields_text: bool = True
     needs_attention: bool = True
+    reads_inputs: bool = False
 
     def scores(
         self, context: ForwardContext, layer: nn.Module, index: int, hidden: Tensor
@@ -43,13 +44,32 @@ class AttentionScorer:
             found = KeyNormScorer(self.key_path).scores(context, layer, index, hidden)
             # nor has one that shares its forward with the prompt (labels, verified steps)
             return found.masked_fill(~context.span, 0) if any(context.sampled) else found
-        if context.attention_score is None or context.attention_layer != index - 1:
-            raise DareStateError(
-                "expected the attention implementation DARE set when it was applied; it was "
-                "changed since (set_attn_implementation?). Call remove_dare(model), set the "
-                "attention implementation, then apply_dare(model) again"
-            )
-        return context.attention_score
+        return read_score(context, index)
+
+    def observe(
+        self,
+        context: ForwardContext,
+        layer: int,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        call: AttentionCall,
+    ) -> None:
+        """Score the span by the attention of `layer`; see `score_span`."""
+        score_span(context, layer, tensors, call)
+
+
+def read_score(context: ForwardContext, index: int) -> Tensor:
+    """Float32[B, S]: the score that the attention of the layer before `index` has left.
+
+    Raises:
+        DareStateError: It was not seen.
+    """
+    if context.attention_score is None or context.attention_layer != index - 1:
+        raise DareStateError(
+            "expected the attention implementation DARE set when it was applied; it was "
+            "changed since (set_attn_implementation?). Call remove_dare(model), set the "
+            "attention implementation, then apply_dare(model) again"
+        )
+    return context.attention_score
 
 
 def score_span(
@@ -57,6 +77,9 @@ def score_span(
     layer: int,
     tensors: tuple[Tensor, Tensor, Tensor],
     call: AttentionCall,
+    *,
+    queries: tuple[Tensor, Tensor] | None = None,
+    by_value: bool = True,
 ) -> None:
     """Write the attention score of the span's tokens into the context.
 
@@ -66,10 +89,14 @@ def score_span(
         layer: The layer whose attention this is.
         tensors: query [B, H, K, d], key [B, Hkv, C, d] (cached tokens first), value.
         call: How it was called.
+        queries: Long[B, W] which of the K columns rate, and Bool[B, W] which of them there are;
+            None: the last ones of the span's text.
+        by_value: Whether attention is multiplied by the norm of the value.
     """
     query, key, value = tensors
     plan, columns = context.plans[layer], context.columns
-    index, there = plan.queries(context, WINDOW)
+    index, there = plan.queries(context, WINDOW) if queries is None else queries
+    value = value if by_value else torch.ones_like(value[..., :1])
     taken = query.gather(2, index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
     visible = visible_keys(call, index, columns.expand(query.shape[0], -1), query.shape[2])
     span = torch.zeros(query.shape[0], key.shape[2], dtype=torch.bool, device=key.device)

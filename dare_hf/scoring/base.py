@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from dare_hf.errors import DareConfigError, DareInputError
+from dare_hf.scoring.attended import AttendedScorer
 from dare_hf.scoring.attention import AttentionScorer
 from dare_hf.scoring.baselines import PositionScorer, RandomScorer, RecentScorer
+from dare_hf.scoring.diverse import DiverseScorer
 from dare_hf.scoring.key_norm import KeyNormScorer
+from dare_hf.scoring.own_attention import OwnAttentionScorer
 from dare_hf.scoring.router import RouterScorer
 
 if TYPE_CHECKING:
@@ -24,7 +27,18 @@ if TYPE_CHECKING:
     ScoreFunction = Callable[..., Tensor]
 
 _REGISTERED: dict[str, ScoreFunction] = {}
-BUILT_IN = ("attention", "random", "key_norm", "position", "recent", "router")
+BUILT_IN = (
+    "attention",
+    "random",
+    "key_norm",
+    "position",
+    "recent",
+    "router",
+    "last_query",
+    "text_raters",
+    "own_attention",
+    "diverse",
+)
 
 
 class Scorer(Protocol):
@@ -44,7 +58,11 @@ class Scorer(Protocol):
 
     @property
     def needs_attention(self) -> bool:
-        """Whether it reads the layer before."""
+        """Whether it reads the layer before; it then has `observe` (`AttentionScorer.observe`)."""
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether it reads the embeddings; it then has `read_inputs` (`AttendedScorer`)."""
 
     def scores(
         self, context: ForwardContext, layer: nn.Module, index: int, hidden: Tensor
@@ -96,6 +114,12 @@ def make_scorer(config: DareConfig, key_path: tuple[str | None, str]) -> Scorer:
         return RecentScorer()
     if name == "router":
         return RouterScorer()
+    if name in ("last_query", "text_raters"):
+        return AttendedScorer(reads_inputs=name == "text_raters")
+    if name == "own_attention":
+        return OwnAttentionScorer(key_path)
+    if name == "diverse":
+        return DiverseScorer()
     return _registered(name)
 
 
@@ -115,6 +139,7 @@ class FunctionScorer:
     untrained: bool = False
     yields_text: bool = False
     needs_attention: bool = False
+    reads_inputs: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _registered, (self.name,)  # another process has registered it too

@@ -21,6 +21,7 @@ class RandomScorer:
     untrained: bool = True
     yields_text: bool = True
     needs_attention: bool = False
+    reads_inputs: bool = False
 
     def scores(
         self, context: ForwardContext, layer: nn.Module, index: int, hidden: Tensor
@@ -36,6 +37,7 @@ class PositionScorer:
     untrained: bool = True
     yields_text: bool = True
     needs_attention: bool = False
+    reads_inputs: bool = False
 
     def scores(
         self, context: ForwardContext, layer: nn.Module, index: int, hidden: Tensor
@@ -51,6 +53,7 @@ class RecentScorer:
     untrained: bool = True
     yields_text: bool = True
     needs_attention: bool = False
+    reads_inputs: bool = False
 
     def scores(
         self, context: ForwardContext, layer: nn.Module, index: int, hidden: Tensor

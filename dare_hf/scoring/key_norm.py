@@ -23,6 +23,7 @@ class KeyNormScorer:
     untrained: bool = True
     yields_text: bool = True
     needs_attention: bool = False
+    reads_inputs: bool = False
 
     def scores(
         self, context: ForwardContext, layer: nn.Module, index: int, hidden: Tensor

@@ -23,6 +23,7 @@ class RouterScorer:
     untrained: bool = False
     yields_text: bool = True
     needs_attention: bool = False
+    reads_inputs: bool = False
 
     def scores(
         self, context: ForwardContext, layer: nn.Module, index: int, hidden: Tensor
