@@ -84,7 +84,8 @@ def families(
         scorers.append("router")
         fitted, _ = read_adapter(str(router))
         made_for = {name: getattr(fitted, name) for name in _MADE_FOR}
-    named = [name for name in _schedules() if name != "learned"]
+    missing = {"learned"} if fields.get("stages") else {"learned", "stages"}  # which name no rates
+    named = [name for name in _schedules() if name not in missing]
     schedules = [fields["schedule"]] if "schedule" in fields else named
     rest = {k: v for k, v in fields.items() if k not in ("scorer", "schedule")}
     found = []
