@@ -6,7 +6,7 @@ import pytest
 import torch
 from laws import NEW_TOKENS, assert_close, dare, forward, generate, inputs_of, rows_of
 
-from dare_hf import DareCache, DareConfig, HopTokens, last_report
+from dare_hf import DareCache, DareConfig, HopTokens, apply_dare, last_report
 from dare_hf.compat import CACHE, cache_of
 from dare_hf.errors import DareConfigError, DareInputError, UnsupportedModelError
 from dare_hf.expected import match_budget
@@ -20,6 +20,7 @@ from dare_hf.testing import (
     tiny_model,
 )
 from dare_hf.testing.oracle import masked_layers
+from dare_hf.testing.shrink import shrunk_model
 
 LAYERS = 8
 BATCHES = {"alone": (2,), "padded": (0, 1, 2)}
@@ -410,3 +411,11 @@ def test_every_policy_generates_and_says_what_it_simplifies(name):
     assert report.kv_bytes == report.kv_bytes_predicted
     restored = DareConfig(**DareConfig.preset(name).to_dict())
     assert restored.to_dict() == DareConfig.preset(name).to_dict()
+
+
+def test_several_hidden_states_a_token_are_not_recycled():
+    """Clusters would be written over streams instead of tokens."""
+    model = shrunk_model("gemma3n")
+    with pytest.raises(DareConfigError, match=r"recycle: .*'gemma3n'"):
+        apply_dare(model, "sparsevlm")
+    apply_dare(model, DareConfig.preset("sparsevlm", recycle=False))

@@ -138,6 +138,11 @@ def resolve(model: Any, config: DareConfig, anatomy: Anatomy, processor: Any = N
         # without image ids no token is vision, whatever a processor says
         type_ids=() if config.image_token_ids == () else spec.type_ids,
     )
+    if config.recycle and spec.streams:
+        raise DareConfigError(
+            "recycle: expected a model with one hidden state a token, whose places clusters take; "
+            f"got {spec.model_type!r}, which has several. Set recycle=False"
+        )
     _check_together(config, table, scorer)
     notes = _missed(config, table)
     return Settings(config, table, scorer, rules, anatomy.sources, first_whole, notes)
