@@ -4,7 +4,9 @@ SmolLM2-135M-Instruct reads the first tokens of a text with DARE, then its true 
 depth. At the continuation's tokens: KL to the full model (nats), and how often both have the same
 most likely token. An arm is a configuration; means over texts, with 95 % bootstrap intervals, and
 the difference in KL to the first arm of the same rate, paired by text. Texts are added in blocks,
-so that a run that is cut short has whole rows; --out is read again when it exists.
+so that a run that is cut short has whole rows; --out is read again when it exists. What arms with
+"fitted" in their name have is measured by `fit_router` on 16 other texts, whose true continuations
+stand for the model's answers.
 
     python scripts/pretrained_files.py smollm2
     python scripts/pretrained_text.py --model smollm2 --n 64 --out text.json
@@ -24,8 +26,16 @@ from pretrained_files import texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dare_hf import DareConfig, apply_dare, last_report, remove_dare
+from dare_hf.calibration import fit_router
 
 PROMPT, CONTINUATION, BLOCK = 300, 32, 8
+FIT_POOL, FIT_TEXTS = 400, 16
+FITTED: dict[str, Any] = {
+    "scorer": "router",
+    "schedule": "ramp",
+    "recent_share": 0.75,
+    "mean_update": True,
+}
 ARMS: dict[str, dict[str, Any]] = {
     "default": {},
     "two_stage, nothing protected": {"schedule": "two_stage", "recent_tokens": 0},
@@ -43,23 +53,48 @@ ARMS: dict[str, dict[str, Any]] = {
     "two_stage, random": {"schedule": "two_stage", "scorer": "random"},
     "ramp, random": {"schedule": "ramp", "scorer": "random"},
     "constant": {"schedule": "constant"},
+    "ramp, share 0.75, fitted mean update": {**FITTED, "scorer": "attention"},
+    "fitted router, no mean update": {**FITTED, "mean_update": False},
+    "fitted router": FITTED,
+    "fitted router, share 0.5": {**FITTED, "recent_share": 0.5},
 }
 """Fields beside the rate; unnamed ones are the defaults."""
 
 
 def log_probabilities(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Float32[B, CONTINUATION, V] of each token of the continuations, [B, S] ids given."""
-    labels = ids.clone()
-    labels[:, :PROMPT] = -100  # what has a label was sampled: it runs all layers
-    logits = model(input_ids=ids, labels=labels, logits_to_keep=CONTINUATION + 1).logits
+    # what comes after the prompt was sampled: it runs all layers
+    told = {"prompt_length": PROMPT} if "_dare" in vars(model) else {}
+    kept = {"logits_to_keep": CONTINUATION + 1, "use_cache": False}
+    logits = model(input_ids=ids, **kept, **told).logits
     return logits[:, :-1].float().log_softmax(-1)
 
 
+def fitted(
+    model: Any, fields: dict[str, Any], folder: Path, chosen: list[list[int]]
+) -> DareConfig | str:
+    """The configuration of an arm; of a fitted one the folder of its adapter, made once."""
+    if "mean_update" not in fields:
+        return DareConfig(**fields)
+    if not folder.exists():
+        batches = []
+        for start in range(0, len(chosen), 4):
+            ids = torch.tensor(chosen[start : start + 4])
+            labels = ids.clone()
+            labels[:, :PROMPT] = -100
+            mask = torch.ones_like(ids)
+            batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+        routed = fit_router(model, batches, DareConfig(**fields))
+        routed.save_pretrained(folder)
+        routed.unload()
+    return str(folder)
+
+
 def measure(
-    model: Any, fields: dict[str, Any], ids: torch.Tensor, full: torch.Tensor
+    model: Any, config: DareConfig | str, ids: torch.Tensor, full: torch.Tensor
 ) -> dict[str, list]:
     """KL, agreement and the share of the prompts that ran, of each text."""
-    apply_dare(model, DareConfig(**fields))
+    apply_dare(model, config)
     try:
         ours = log_probabilities(model, ids)
         rates = [layer["text"] for layer in last_report(model).retention[0]]
@@ -118,8 +153,13 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(
         args.model, dtype=getattr(torch, args.dtype)
     ).eval()
-    model.loss_function = lambda *_, **__: None  # labels say what was sampled; nobody reads a loss
     chosen = texts(tokenizer, args.n, PROMPT + CONTINUATION)
+    to_fit = []
+    if any("mean_update" in ARMS[arm] for arm in args.arms.split(";") if arm):
+        pool = texts(tokenizer, FIT_POOL, PROMPT + CONTINUATION)
+        others = [ids for _, ids in pool if ids not in [taken for _, taken in chosen]]
+        to_fit = others[:: len(others) // FIT_TEXTS][:FIT_TEXTS]
+    adapters = args.out.with_suffix("")
     digest = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:12]
     arms = args.arms.split(";") if args.arms else list(ARMS)
     keys = [f"{rate} {arm}" for rate in args.rates.split(",") for arm in arms]
@@ -137,7 +177,8 @@ def main() -> None:
         for key in due:
             rate, _, arm = key.partition(" ")
             fields = {"text_retention": float(rate), **ARMS[arm]}
-            for name, values in measure(model, fields, batch, plain).items():
+            config = fitted(model, fields, adapters / key, to_fit)
+            for name, values in measure(model, config, batch, plain).items():
                 found["arms"][key][name] += values
         args.out.write_text(json.dumps(found))
         print(f"{start + len(batch)} texts", flush=True)

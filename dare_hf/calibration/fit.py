@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils import logging
 
 from dare_hf.api import dare_disabled
+from dare_hf.architectures.locate import locate
 from dare_hf.calibration.budgets import measure_cut_layer
 from dare_hf.calibration.continuation import continued
 from dare_hf.calibration.observe import Tokens, watching
@@ -19,9 +20,10 @@ from dare_hf.config import DareConfig
 from dare_hf.errors import DareConfigError, DareInputError, DareStateError
 from dare_hf.forward.modality import resolve_span
 from dare_hf.routing.kinds import PAD, TEXT, VISION
+from dare_hf.routing.stale import mean_updates
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -76,8 +78,10 @@ def fit_router(
 
     Each layer's router is a ridge regression from what enters the layer to the logarithm of a
     token's importance: the attention that later queries (the model's own continuation) pay to it
-    times its value norm. Nothing is trained and no label is needed. Learned rates are set from what
-    pruning each layer alone does to the model's predictions.
+    in the layers above, times its value norm there. What a layer adds to tokens on average is
+    measured beside it, for those that the layer will pass by (`mean_update`). Nothing is trained
+    and no label is needed. Learned rates are set from what pruning each layer alone does to the
+    model's predictions.
 
         batches = [processor(images=..., text=..., return_tensors="pt") for ...]   # 8 to 64 prompts
         model = fit_router(model, batches, DareConfig(scorer="router", schedule="learned"))
@@ -89,8 +93,9 @@ def fit_router(
             or a model that got one by `model.add_adapter`.
         batches: Inputs of generate. A batch with `labels` [B, S] brings its own continuation: the
             tokens from the first label on that is not -100.
-        config: What to prune; scorer must be "router". Default: learned rates at 0.4 / 0.7. Ignored
-            where the model has an adapter already.
+        config: What to prune; its scorer is "router", or another one and `mean_update` True, and
+            then that alone is fitted. Default: learned rates at 0.4 / 0.7. Ignored where the model
+            has an adapter already.
         max_new_tokens: Length of the continuations.
         prompt_weight: Share of the importance taken from the prompt's own text queries, in [0, 1].
         generate_kwargs: Further arguments of generate.
@@ -103,7 +108,7 @@ def fit_router(
         itself is routed from now on.
 
     Raises:
-        DareConfigError: The scorer is not the router.
+        DareConfigError: The scorer is not the router, and no mean update is asked for.
         DareInputError: No batch, or no token to learn from.
         UnsupportedModelError: The architecture cannot be routed.
 
@@ -169,8 +174,13 @@ def _with_adapter(model: Any, config: DareConfig | None) -> Any:
             )
         return model
     config = DareConfig(scorer="router", schedule="learned") if config is None else config
-    if config.scorer != "router":
-        raise DareConfigError(f"scorer: expected 'router' to fit one; got {config.scorer!r}")
+    if config.scorer != "router" and config.mean_update is not True:
+        raise DareConfigError(
+            "scorer: expected 'router' to fit one, or mean_update=True to fit that alone; got "
+            f"{config.scorer!r}"
+        )
+    if config.mean_update == "auto" and not locate(_inner(model)).spec.streams:
+        config = replace(config, mean_update=True)
     return get_peft_model(model, config)
 
 
@@ -190,6 +200,8 @@ def _observe(
         for layer in anatomy.layers
     ]
     shares = torch.zeros(len(anatomy.layers))
+    measures = controller.config.mean_update is True
+    updates: list[Any] = [[0.0, 0.0] for _ in fits] if measures else []
     for batch in batches:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         length = batch["input_ids"].shape[1]
@@ -199,16 +211,34 @@ def _observe(
         later = (batch["labels"] != -100) & real
         with watching(anatomy, Tokens(modality, later, prompt_weight)) as seen:
             model(**inputs, use_cache=False)
+        prunable = _after_prefix(real, rules.prefix)
+        targets = _needed_above(seen)
         for layer, one in enumerate(seen):
             normalize = _routers(controller)[layer].normalize
-            _add_samples(fits[layer], one, modality, normalize)
+            _add_samples(fits[layer], one.hidden, targets[layer], modality, normalize)
+            if updates:
+                found = mean_updates(one.change, prunable, modality)
+                updates[layer] = [a + b for a, b in zip(updates[layer], found, strict=True)]
             shares[layer] += one.vision_share / len(batches)
     counts = {name: max(fit[kind].count for fit in fits) for kind, name in KINDS.items()}
     if not any(counts.values()):
         raise DareInputError(
             "batches: expected prompts with tokens that their continuation attends to; got none"
         )
+    for router, (sums, count) in zip(_routers(controller), updates, strict=False):
+        mean, vectors = sums / count.clamp(min=1)[:, None], router.mean_update
+        assert vectors is not None
+        # a modality that no prompt has keeps what it had
+        vectors.copy_(torch.where((count > 0)[:, None], mean.to(vectors), vectors))
     return fits, shares.tolist(), counts
+
+
+def _after_prefix(real: Tensor, prefix: int) -> Tensor:
+    """Bool[B, S]: real tokens but each row's first `prefix`, which are never pruned.
+
+    The first ones take the layers' largest updates (attention sinks) and would be the mean.
+    """
+    return real & (real.cumsum(1) > prefix)
 
 
 def _routers(controller: Controller) -> list[Router]:
@@ -224,19 +254,45 @@ def _device(layer: Any) -> torch.device:
     return next(parameter.device for parameter in layer.parameters())
 
 
+def _needed_above(seen: Sequence[Seen]) -> list[tuple[Tensor, Tensor]]:
+    """For each layer what its tokens are needed for: their importance in the layers above it.
+
+    A token that a layer passes by reaches all later queries through the layers above, whose keys
+    are made of its stale state; what the layer's own attention asks is the smaller part.
+
+    Returns:
+        Per layer Float32[B, S], the mean over the layers above that judged the token (the last
+        layer's is its own), and Bool[B, S] where there is one.
+    """
+    found = [(seen[-1].importance, seen[-1].known)]
+    device = seen[-1].importance.device
+    total, count = torch.zeros_like(found[0][0]), torch.zeros_like(found[0][0])
+    for one in reversed(seen[1:]):
+        known = one.known.to(device)
+        total = total + one.importance.to(device) * known
+        count = count + known
+        found.append((total / count.clamp(min=1), count > 0))
+    return found[::-1]
+
+
 def _add_samples(
-    fits: dict[int, CrossFitted], seen: Seen, modality: Tensor, normalize: bool
+    fits: dict[int, CrossFitted],
+    hidden: Tensor,
+    target: tuple[Tensor, Tensor],
+    modality: Tensor,
+    normalize: bool,
 ) -> None:
     """The tokens of one forward, row by row."""
-    x = seen.hidden.float()
+    x = hidden.float()
+    importance, known = (tensor.to(x.device) for tensor in target)
     if normalize:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-    target = (seen.importance + _FLOOR).log()
+    wished = (importance + _FLOOR).log()
     for kind, fit in fits.items():
-        wanted = seen.known & (modality == kind).to(x.device)
+        wanted = known & (modality == kind).to(x.device)
         for row in range(x.shape[0]):
             if wanted[row].any():
-                fit.add(x[row][wanted[row]], target[row][wanted[row]])
+                fit.add(x[row][wanted[row]], wished[row][wanted[row]])
 
 
 def _write_routers(

@@ -56,12 +56,14 @@ class Seen:
 
     Attributes:
         hidden: [B, S, D] states that entered it.
+        change: [B, S, D] what it added to them.
         importance: Float32[B, S], attention of later queries times value norm; mean about 1.
         known: Bool[B, S], tokens that some later query could see.
         vision_share: Share of its attention that text of the continuation puts on vision.
     """
 
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))
+    change: Tensor = field(default_factory=lambda: torch.empty(0))
     importance: Tensor = field(default_factory=lambda: torch.empty(0))
     known: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
     vision_share: float = 0.0
@@ -155,6 +157,7 @@ def watching(anatomy: Anatomy, tokens: Tokens) -> Iterator[list[Seen]]:
             watch(attention_of(layer), name, undo)
             undo.set(attention_of(layer), "_dare", watcher)
             undo.hook(layer.register_forward_pre_hook(_keep_input(watcher), with_kwargs=True))
+            undo.hook(layer.register_forward_hook(_keep_change(watcher)))
         yield [watcher.seen for watcher in watchers]
     finally:
         undo.undo()
@@ -163,5 +166,13 @@ def watching(anatomy: Anatomy, tokens: Tokens) -> Iterator[list[Seen]]:
 def _keep_input(watcher: _Watcher) -> Any:
     def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         watcher.seen.hidden = args[0] if args else kwargs["hidden_states"]
+
+    return keep
+
+
+def _keep_change(watcher: _Watcher) -> Any:
+    def keep(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        new = output[0] if isinstance(output, tuple) else output
+        watcher.seen.change = new - watcher.seen.hidden
 
     return keep

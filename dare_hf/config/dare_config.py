@@ -122,6 +122,10 @@ class DareConfig(PeftConfig):
         prefix_tokens: first tokens of every hop that are always kept, >= 0.
         pruned: what happens to a token that is not kept: "bypass" skips this layer and competes
             again in the next, "drop" is out for all deeper layers.
+        mean_update: whether a token that is not kept adds the layer's mean update of its modality,
+            a vector that an adapter brings: fitted by `fit_router`, a running mean in training.
+            "auto" (on where an adapter brings it) is True in a configuration that `fit_router`
+            makes an adapter from, else False.
         recycle: the best third of the vision tokens that a selection drops are clustered, and the
             clusters' means take part of the budget, in dropped tokens' places; needs
             ``pruned="drop"`` and ``scorer="text_raters"``.
@@ -187,6 +191,7 @@ class DareConfig(PeftConfig):
     first_layers_whole: int | Literal["auto"] = "auto"
     prefix_tokens: int = 2
     pruned: Pruned = "bypass"
+    mean_update: bool | Literal["auto"] = "auto"
     recycle: bool = False
     scorer: str = "attention"
     hop_delimiters: tuple[int | tuple[int, ...] | str, ...] = ()

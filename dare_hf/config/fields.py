@@ -114,6 +114,14 @@ def _first_layers_whole(name: str, value: Any) -> int | str:
     raise refuse(name, f'"auto" or an integer from 0 to {MOST_LAYERS}', value)
 
 
+def _mean_update(name: str, value: Any) -> bool | str:
+    if isinstance(value, str) and value == "auto":
+        return value
+    if not isinstance(value, bool):
+        raise refuse(name, '"auto", True or False', value)
+    return value
+
+
 def _delimiters(name: str, value: Any) -> tuple[int | tuple[int, ...] | str, ...]:
     if not isinstance(value, list | tuple):
         raise refuse(name, "a tuple of token ids, token-id sequences or strings", value)
@@ -158,6 +166,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "first_layers_whole": _first_layers_whole,
     "prefix_tokens": integer("an integer >= 0", 0),
     "pruned": choice(Pruned),
+    "mean_update": _mean_update,
     "recycle": flag,
     "scorer": text("the name of a scorer"),
     "hop_delimiters": _delimiters,

@@ -311,6 +311,7 @@ class Controller(Configured):
         context, cache = entry.context, entry.context.cache
         if context.simulation is not None and not failed:
             self._local.record = context.simulation.record
+            context.simulation.learn_updates()
         context.release()
         if context.simulation is not None:
             self.newest.note_uncounted()

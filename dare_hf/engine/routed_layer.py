@@ -13,7 +13,9 @@ from dare_hf.engine.masks import gather_mask, is_flash
 from dare_hf.engine.plan import Plan, keep_all
 from dare_hf.forward.facts import KeyView
 from dare_hf.hops.in_forward import restrict
+from dare_hf.routers.holder import mean_update_of
 from dare_hf.routing.scores import HeadMean, local_mean
+from dare_hf.routing.stale import stale
 from dare_hf.scoring.observe import AttentionCall, push_next, push_queries
 from dare_hf.simulation import damped, simulated_forward
 
@@ -130,7 +132,8 @@ def routed_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
     if not _needs_gather(state, context, plan, kwargs):
         output = state.inner(hidden_states, **kwargs)
         context.capture_layer = -1
-        return _scatter(_scaled(state, plan, hidden_states, output), hidden_states, plan)
+        output = _scaled(state, plan, hidden_states, output)
+        return _scatter(layer, state, context, output, hidden_states, plan)
     if plan.cut:
         kwargs["attention_mask"] = _tail_mask(state, context, plan, kwargs)
         output = state.inner(hidden_states, **kwargs)
@@ -140,7 +143,8 @@ def routed_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
     rows = _take_tokens(hidden_states, plan.index, -2) if plan.index is not None else hidden_states
     output = state.inner(rows, **gathered)
     context.capture_layer = -1
-    return _scatter(_scaled(state, plan, rows, output), hidden_states, plan)
+    output = _scaled(state, plan, rows, output)
+    return _scatter(layer, state, context, output, hidden_states, plan)
 
 
 def _plan_for(layer: nn.Module, state: LayerState, context: ForwardContext, hidden: Tensor) -> Plan:
@@ -383,12 +387,25 @@ def _scaled(state: LayerState, plan: Plan, rows: Tensor, output: Any) -> Any:
     return rows + (scores * (output - rows)).to(rows.dtype)
 
 
-def _scatter(output: Any, hidden: Tensor, plan: Plan) -> Any:
-    """Write the running tokens' output back; all others keep their input."""
+def _scatter(
+    layer: nn.Module,
+    state: LayerState,
+    context: ForwardContext,
+    output: Any,
+    hidden: Tensor,
+    plan: Plan,
+) -> Any:
+    """Write the running tokens' output back; all others keep their input, or are stale."""
     if plan.plain:
         return output
+    if state.controller.config.mean_update is True:
+        hidden = stale(hidden, mean_update_of(layer), context.modality)
     if isinstance(output, tuple):
-        return (_scatter(output[0], hidden, plan), *output[1:])
+        return (_written(output[0], hidden, plan), *output[1:])
+    return _written(output, hidden, plan)
+
+
+def _written(output: Tensor, hidden: Tensor, plan: Plan) -> Tensor:
     index = None if plan.index is None else plan.index.to(hidden.device)
     if plan.live is not None:
         source = hidden if index is None else _take_tokens(hidden, index, -2)

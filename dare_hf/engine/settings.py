@@ -138,11 +138,12 @@ def resolve(model: Any, config: DareConfig, anatomy: Anatomy, processor: Any = N
         # without image ids no token is vision, whatever a processor says
         type_ids=() if config.image_token_ids == () else spec.type_ids,
     )
-    if config.recycle and spec.streams:
-        raise DareConfigError(
-            "recycle: expected a model with one hidden state a token, whose places clusters take; "
-            f"got {spec.model_type!r}, which has several. Set recycle=False"
-        )
+    for name in ("recycle", "mean_update"):
+        if getattr(config, name) is True and spec.streams:
+            raise DareConfigError(
+                f"{name}: expected a model with one hidden state a token, into which vectors are "
+                f"written; got {spec.model_type!r}, which has several. Set {name}=False"
+            )
     _check_together(config, table, scorer)
     notes = _missed(config, table)
     return Settings(config, table, scorer, rules, anatomy.sources, first_whole, notes)
@@ -306,7 +307,8 @@ def check_adapter(config: DareConfig, *, present: bool) -> None:
     Raises:
         DareConfigError: A field asks for a trained adapter.
     """
-    asked = {"scorer": "router", "schedule": "learned", "score_scaling": "multiply"}
+    asked: dict[str, Any] = {"scorer": "router", "schedule": "learned"}
+    asked |= {"score_scaling": "multiply", "mean_update": True}
     for name, value in asked.items():
         if not present and getattr(config, name) == value:
             raise DareConfigError(

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from dare_hf.errors import DareStateError
 from dare_hf.routers.router import Router
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from torch import Tensor
 
 # The child's name on a decoder layer; every parameter key holds peft's prefix "dare_" through it.
 NAME = "dare_router"
@@ -79,6 +82,20 @@ def active_routers(layers: Iterable[nn.Module]) -> list[Router] | None:
     holders = [holder_of(layer) for layer in layers]
     routers = [None if holder is None else holder.active_router for holder in holders]
     return None if None in routers else cast("list[Router]", routers)
+
+
+def mean_update_of(layer: nn.Module) -> Tensor | None:
+    """Float32[2, D] mean update of a layer by the active adapter; None where it has none.
+
+    Raises:
+        DareStateError: An offload has taken it away.
+    """
+    holder = holder_of(layer)
+    router = None if holder is None else holder.active_router
+    vectors = None if router is None else router.mean_update
+    if vectors is not None and vectors.device.type == "meta":
+        raise DareStateError(OFFLOADED)
+    return vectors
 
 
 def device_of(layer: nn.Module) -> torch.device:

@@ -28,6 +28,7 @@ class Router(nn.Module):
         rates: Rates [hops][text, vision] in (0, 1]; one row serves all hops (DARE-L).
         learned: Whether they start a training; else they are fixed: no parameter, and not saved.
         normalize: Whether the input is RMS-normalised, without parameters, before it is scored.
+        mean_update: Whether it holds the vectors that tokens add where they do not run.
         generator: Draws the weights; None for torch's global one.
 
     Attributes:
@@ -35,9 +36,13 @@ class Router(nn.Module):
         bias: Float32[2].
         rate_logits: Float32[hops, 2], columns text and vision; `rate_row` says who reads which.
             A buffer where the rates are fixed.
+        mean_update: Float32[2, D], rows text and vision: the mean of what the layer adds to tokens
+            of the modality, zeros until it was measured; None without one. A buffer.
 
-    Source: docs/method.md, sections 2 and 3.
+    Source: docs/method.md, sections 2, 3 and 4.
     """
+
+    mean_update: Tensor | None
 
     def __init__(
         self,
@@ -46,10 +51,12 @@ class Router(nn.Module):
         *,
         learned: bool = True,
         normalize: bool = True,
+        mean_update: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.normalize = normalize
+        self.register_buffer("mean_update", torch.zeros(2, hidden) if mean_update else None)
         weight = torch.randn(2, hidden, generator=generator) * (_INIT_STD / hidden**0.5)
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(torch.zeros(2))
@@ -61,10 +68,13 @@ class Router(nn.Module):
             self.register_buffer("rate_logits", start.logit(), persistent=False)
 
     @staticmethod
-    def saved_shapes(hidden: int, hops: int, learned: bool) -> dict[str, tuple[int, ...]]:
+    def saved_shapes(
+        hidden: int, hops: int, learned: bool, mean_update: bool = False
+    ) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors that a router of so many rows of rates has in a file, by name."""
-        own = {"weight": (2, hidden), "bias": (2,)}
-        return own | {"rate_logits": (hops, 2)} if learned else own
+        own: dict[str, tuple[int, ...]] = {"weight": (2, hidden), "bias": (2,)}
+        own |= {"rate_logits": (hops, 2)} if learned else {}
+        return own | ({"mean_update": (2, hidden)} if mean_update else {})
 
     def forward(self, hidden: Tensor, modality: Tensor) -> Tensor:
         """`scores`, so that accelerate's offload hooks bring the weights first."""

@@ -8,7 +8,9 @@ import torch
 
 from dare_hf.compat import check_checkpoints
 from dare_hf.errors import DareInputError, DareStateError
+from dare_hf.routers.holder import mean_update_of
 from dare_hf.routing import gates
+from dare_hf.routing.stale import stale
 from dare_hf.simulation.damping import mark_closed
 
 if TYPE_CHECKING:
@@ -66,30 +68,43 @@ def simulated_forward(
             mark_closed(mask, seen < _CLOSED)
         kwargs = kwargs | {"attention_mask": mask}
     output = state.inner(hidden, **kwargs)
-    if isinstance(output, tuple):
-        return (_update(simulation, route, hidden, output[0], learns), *output[1:])
-    return _update(simulation, route, hidden, output, learns)
+    vectors = mean_update_of(layer) if state.controller.config.mean_update is True else None
+    passed = stale(hidden, vectors, context.modality)
+    new = output[0] if isinstance(output, tuple) else output
+    if vectors is not None:
+        simulation.note_update(vectors, new - hidden, learns)
+    new = _update(simulation, route, hidden, passed, new, learns)
+    return (new, *output[1:]) if isinstance(output, tuple) else new
 
 
 def _update(
-    simulation: Simulation, route: Route, hidden: Tensor, output: Tensor, learns: bool
+    simulation: Simulation,
+    route: Route,
+    hidden: Tensor,
+    passed: Tensor,
+    output: Tensor,
+    learns: bool,
 ) -> Tensor:
-    """The gated update: exactly the layer's output, or its input, with the gates' gradient."""
+    """The gated update: exactly the layer's output, or what it leaves of a token that passes by.
+
+    With the gates' gradient, which is that of a mixture of both.
+    """
     device, dtype = hidden.device, hidden.dtype
     run = route.run.to(device)[..., None]
     scores = route.scores.to(device)[..., None]
     change = output - hidden
     if simulation.multiplies:
         scaled = scores * change
-        kept = torch.where(run, hidden + scaled.to(dtype), hidden)
+        kept = torch.where(run, hidden + scaled.to(dtype), passed)
     else:
-        scaled, kept = change, torch.where(run, output, hidden)
+        scaled, kept = change, torch.where(run, output, passed)
     if not learns:
         return kept
     pull = gates.passed(route.gate).to(device)[..., None]
+    pulled = pull * (scaled if passed is hidden else scaled - (passed - hidden))
     if not simulation.multiplies:
-        pull = pull + run * gates.passed(scores)
-    return kept + (pull * scaled).to(dtype)
+        pulled = pulled + run * gates.passed(scores) * scaled
+    return kept + pulled.to(dtype)
 
 
 def _by_query(table: Tensor, hop: Tensor) -> Tensor:

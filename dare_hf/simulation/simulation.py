@@ -15,6 +15,7 @@ from dare_hf.routing.kinds import PAD, TEXT, VISION
 from dare_hf.routing.losses import group_means
 from dare_hf.routing.retention import budget
 from dare_hf.routing.selection import keep_mask
+from dare_hf.routing.stale import mean_updates
 from dare_hf.simulation.competition import Competition, soft_gates
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 Counts = list[list[list[int]]]  # [row][hop][text | vision]
 MODALITIES = (TEXT, VISION)
+UPDATE_MOMENTUM = 0.05
+"""Share of a training forward in the running mean of updates."""
 
 
 @dataclass
@@ -123,6 +126,7 @@ class Simulation:
         self._routes: dict[int, Route] = {}
         self._hop_gates: dict[int, Tensor] = {}
         self._shared: dict[int, Tensor | None] = {}
+        self._updates: list[tuple[Tensor, Tensor, Tensor]] = []
         hop = context.token_hop.long()
         groups = (hop * 2 + context.modality).masked_fill(context.modality == PAD, 2 * self.hops)
         onehot = torch.nn.functional.one_hot(groups, 2 * self.hops + 1)[..., :-1]
@@ -151,11 +155,32 @@ class Simulation:
             p.requires_grad for p in self.routers[self.table.plan_layers[index]].parameters()
         )
 
+    def note_update(self, vectors: Tensor, change: Tensor, learns: bool) -> None:
+        """Take down what a layer adds to tokens, for its running mean: those that may be pruned.
+
+        Args:
+            vectors: Float32[2, D] the layer's mean update.
+            change: [B, S, D] its output minus its input.
+            learns: Whether its router is being trained.
+        """
+        if self.training and learns:
+            wanted = ~self.context.span_and_forced()[1]
+            self._updates.append((vectors, *mean_updates(change, wanted, self.context.modality)))
+
+    @torch.no_grad()
+    def learn_updates(self) -> None:
+        """Bring the running means a step on; once the forward went well."""
+        for vectors, sums, counts in self._updates:
+            seen = (counts > 0)[:, None]
+            mean = sums / counts.clamp(min=1)[:, None]
+            moved = torch.lerp(vectors, mean.to(vectors), UPDATE_MOMENTUM)
+            vectors.copy_(torch.where(seen, moved, vectors))
+
     def close(self) -> None:
         """The forward is over: let go of its tensors, the record's too for who took it has it."""
         self.closed = True
         self.masks, self._routes, self._hop_gates, self.pruners = {}, {}, {}, []
-        self._shared = {}
+        self._shared, self._updates = {}, []
         self.record = SimulationRecord(self.record.present, self.record.seen)
 
     def route(self, layer: nn.Module, index: int, hidden: Tensor) -> Route:

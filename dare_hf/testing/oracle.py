@@ -49,6 +49,7 @@ class OracleRouting:
             `special_ids`; None where text is not protected.
         special_ids: Ids of special text tokens.
         recent_share: Share of a text budget that goes to the newest text.
+        mean_update: Per layer Float[2, D], what a text and a vision token add that do not run it.
     """
 
     rates: Sequence[tuple[float, float]]
@@ -61,6 +62,7 @@ class OracleRouting:
     recent_tokens: int | None = None
     special_ids: tuple[int, ...] = ()
     recent_share: float = 0.0
+    mean_update: Sequence[Tensor] | None = None
 
 
 class OracleRun(NamedTuple):
@@ -110,7 +112,10 @@ def _blocked(mask: Tensor | None, visible: Tensor, causal: bool) -> Tensor:
 
 @contextmanager
 def masked_layers(
-    model: PreTrainedModel, choose: Choose, visible: Sequence[Tensor] | None = None
+    model: PreTrainedModel,
+    choose: Choose,
+    visible: Sequence[Tensor] | None = None,
+    added: Sequence[Tensor] | None = None,
 ) -> Iterator[list[Tensor]]:
     """Run forwards in this context as if each layer executed only the tokens it keeps.
 
@@ -118,6 +123,7 @@ def masked_layers(
         model: An unpatched model; hooks are put on its decoder layers and taken off again.
         choose: Which tokens a layer keeps.
         visible: Per layer, Bool[B, S, S]: keys each query may see at all (the matrix E).
+        added: Per layer, [B, S, D]: what is added to a token that does not run it.
 
     Yields:
         The kept tokens of each layer, filled as the forward goes.
@@ -140,7 +146,8 @@ def masked_layers(
 
     def after(layer: nn.Module, args: tuple, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
-        hidden = torch.where(kept[-1][..., None], hidden, args[0])
+        passed = args[0] if added is None else args[0] + added[len(kept) - 1].to(hidden.dtype)
+        hidden = torch.where(kept[-1][..., None], hidden, passed)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     with ExitStack() as stack:
@@ -288,7 +295,11 @@ def oracle_forward(
     ids = inputs["input_ids"]
     modality = modality_of(model, inputs) if modality is None else modality
     chooser = _Chooser(scorer, routing, modality, ids, span or ids.shape[1])
-    with masked_layers(model, chooser) as keep:
+    added = None
+    if routing.mean_update is not None:
+        kinds = [(modality == kind)[..., None].float() for kind in (TEXT, VISION)]
+        added = [sum(k * v for k, v in zip(kinds, two, strict=True)) for two in routing.mean_update]
+    with masked_layers(model, chooser, added=added) as keep:
         logits = model(**inputs, use_cache=False).logits
     return OracleRun(logits, keep)
 
