@@ -13,29 +13,23 @@ from dare_hf.api import dare_disabled
 from dare_hf.architectures.locate import locate
 from dare_hf.calibration.budgets import measure_cut_layer
 from dare_hf.calibration.continuation import continued
-from dare_hf.calibration.observe import Tokens, watching
-from dare_hf.calibration.rates import RateCosts, RateFit
-from dare_hf.calibration.ridge import CrossFitted
+from dare_hf.calibration.rates import Divergence, RateCosts, RateFit
+from dare_hf.calibration.samples import KINDS, OWN, observe, routers_of
 from dare_hf.config import DareConfig
 from dare_hf.errors import DareConfigError, DareInputError, DareStateError
-from dare_hf.forward.modality import resolve_span
-from dare_hf.routing.kinds import PAD, TEXT, VISION
-from dare_hf.routing.stale import mean_updates
+from dare_hf.routing.kinds import TEXT, VISION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor
 
-    from dare_hf.calibration.observe import Seen
+    from dare_hf.calibration.ridge import CrossFitted
+    from dare_hf.calibration.samples import Observed
     from dare_hf.engine.controller import Controller
-    from dare_hf.routers.router import Router
 
 logger = logging.get_logger("transformers.dare_hf")
 
-KINDS = {TEXT: "text", VISION: "vision"}
-# Added to importance before its logarithm: attention below this share of the mean counts the same.
-_FLOOR = 0.01
 _SCORED = (0.05, 0.95)  # where mean scores are put
 
 
@@ -53,6 +47,9 @@ class Calibration:
         rates: `[row][layer]` rates (vision, text), the rows of the rate table: one for DARE-L,
             else row 0 for hops 0 and 1 and row h for a later hop h; None where not learned.
         tokens: Tokens the routers were fitted to, by modality name, in the layer that saw most.
+        tried: KL (nats per token) on the prompts' continuations, at the rates at the start, of
+            routers fitted to the attention in their "own" layer or in those "above", with and
+            without mean updates; the lowest was taken. Empty where another scorer decides.
     """
 
     explained: list[tuple[float, float]]
@@ -61,6 +58,7 @@ class Calibration:
     costs: RateCosts | None
     rates: list[list[tuple[float, float]]] | None
     tokens: dict[str, int]
+    tried: dict[str, float]
 
 
 def fit_router(
@@ -77,8 +75,9 @@ def fit_router(
     """Give a model a router adapter fitted in closed form to what its own answers attend to.
 
     Each layer's router is a ridge regression from what enters the layer to the logarithm of a
-    token's importance: the attention that later queries (the model's own continuation) pay to it
-    in the layers above, times its value norm there. What a layer adds to tokens on average is
+    token's importance: the attention that later queries (the model's own continuation) pay to it,
+    times its value norm, in the layer itself or in those above, whichever keeps the predictions
+    better. What a layer adds to tokens on average is
     measured beside it, for those that the layer will pass by (`mean_update`). Nothing is trained
     and no label is needed. Learned rates are set from what pruning each layer alone does to the
     model's predictions.
@@ -142,20 +141,30 @@ def _fit(
     config = controller.config
     with dare_disabled(routed), torch.no_grad():
         complete = [continued(routed, b, max_new_tokens, generate_kwargs) for b in batches]
-        fits, shares, counts = _observe(routed, controller, complete, prompt_weight)
-    explained = _write_routers(controller, fits)
+        seen = observe(routed, controller, complete, prompt_weight)
+    _write_means(controller, seen.means)
+    shares, divergence, tried = seen.shares, None, {}
+    if config.scorer == "router":
+        divergence = Divergence(routed, controller, complete)
+        tried = _choose(controller, seen, divergence)
+    fits = seen.fits[min(tried, key=tried.__getitem__).split()[0] if tried else OWN]
+    explained = _write_routers(controller, fits) if tried else []
+    _warn_unseen(fits)
     cut = measure_cut_layer(shares)
     if cut is not None and config.cut_layer == "auto":
         config.cut_layer = cut
     costs, rates = None, None
     hop_shares = [1.0]
-    if config.learns_rates and fit_rates:
+    if config.learns_rates and fit_rates and divergence is not None:
         targets = {VISION: config.vision_retention, TEXT: config.text_retention}
-        fit = RateFit(routed, controller, _routers(controller), complete, targets)
+        fit = RateFit(divergence, controller, routers_of(controller), targets)
         costs, rates = fit.run()
         hop_shares = costs.weights
-    _centre_scores(controller, fits, hop_shares)
-    return Calibration(explained, shares, cut, costs, rates, counts)
+    if tried:
+        _centre_scores(controller, fits, hop_shares)
+    if config.decode == "routed":
+        _fit_thresholds(routed, controller, complete)
+    return Calibration(explained, shares, cut, costs, rates, seen.counts, tried)
 
 
 def _with_adapter(model: Any, config: DareConfig | None) -> Any:
@@ -189,110 +198,31 @@ def _inner(model: Any) -> Any:
     return base() if callable(base) else model
 
 
-def _observe(
-    model: Any, controller: Controller, batches: list[dict[str, Any]], prompt_weight: float
-) -> tuple[list[dict[int, CrossFitted]], list[float], dict[str, int]]:
-    """Plain forwards over the complete sequences, summed up for the regressions."""
-    anatomy, rules = controller.anatomy, controller.rules
-    width = anatomy.text_config.hidden_size
-    fits = [
-        {kind: CrossFitted.empty(width, _device(layer)) for kind in KINDS}
-        for layer in anatomy.layers
-    ]
-    shares = torch.zeros(len(anatomy.layers))
-    measures = controller.config.mean_update is True
-    updates: list[Any] = [[0.0, 0.0] for _ in fits] if measures else []
-    for batch in batches:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        length = batch["input_ids"].shape[1]
-        real = batch["attention_mask"].bool()
-        vision = resolve_span(inputs, rules.vision_ids, rules.type_ids, length) & real
-        modality = torch.where(vision, VISION, TEXT).masked_fill(~real, PAD)
-        later = (batch["labels"] != -100) & real
-        with watching(anatomy, Tokens(modality, later, prompt_weight)) as seen:
-            model(**inputs, use_cache=False)
-        prunable = _after_prefix(real, rules.prefix)
-        targets = _needed_above(seen)
-        for layer, one in enumerate(seen):
-            normalize = _routers(controller)[layer].normalize
-            _add_samples(fits[layer], one.hidden, targets[layer], modality, normalize)
-            if updates:
-                found = mean_updates(one.change, prunable, modality)
-                updates[layer] = [a + b for a, b in zip(updates[layer], found, strict=True)]
-            shares[layer] += one.vision_share / len(batches)
-    counts = {name: max(fit[kind].count for fit in fits) for kind, name in KINDS.items()}
-    if not any(counts.values()):
-        raise DareInputError(
-            "batches: expected prompts with tokens that their continuation attends to; got none"
-        )
-    for router, (sums, count) in zip(_routers(controller), updates, strict=False):
-        mean, vectors = sums / count.clamp(min=1)[:, None], router.mean_update
-        assert vectors is not None
-        # a modality that no prompt has keeps what it had
-        vectors.copy_(torch.where((count > 0)[:, None], mean.to(vectors), vectors))
-    return fits, shares.tolist(), counts
+def _write_means(controller: Controller, means: Sequence[Tensor]) -> None:
+    """Put mean updates into the routers, where these have a place for them."""
+    for router, mean in zip(routers_of(controller), means, strict=False):
+        assert router.mean_update is not None
+        router.mean_update.copy_(mean)
 
 
-def _after_prefix(real: Tensor, prefix: int) -> Tensor:
-    """Bool[B, S]: real tokens but each row's first `prefix`, which are never pruned.
+def _choose(controller: Controller, seen: Observed, divergence: Divergence) -> dict[str, float]:
+    """Try what routers can be fitted to, with and without mean updates; the best ones stay.
 
-    The first ones take the layers' largest updates (attention sinks) and would be the mean.
+    What a layer's own attention asks and what the layers above need differ from model to model in
+    which of them keeps the predictions; a forward per batch tells.
     """
-    return real & (real.cumsum(1) > prefix)
-
-
-def _routers(controller: Controller) -> list[Router]:
-    routers = controller.routers
-    if routers is None:
-        raise DareStateError(
-            "fit_router: expected a router adapter that is active; got none. Call set_adapter(name)"
-        )
-    return routers
-
-
-def _device(layer: Any) -> torch.device:
-    return next(parameter.device for parameter in layer.parameters())
-
-
-def _needed_above(seen: Sequence[Seen]) -> list[tuple[Tensor, Tensor]]:
-    """For each layer what its tokens are needed for: their importance in the layers above it.
-
-    A token that a layer passes by reaches all later queries through the layers above, whose keys
-    are made of its stale state; what the layer's own attention asks is the smaller part.
-
-    Returns:
-        Per layer Float32[B, S], the mean over the layers above that judged the token (the last
-        layer's is its own), and Bool[B, S] where there is one.
-    """
-    found = [(seen[-1].importance, seen[-1].known)]
-    device = seen[-1].importance.device
-    total, count = torch.zeros_like(found[0][0]), torch.zeros_like(found[0][0])
-    for one in reversed(seen[1:]):
-        known = one.known.to(device)
-        total = total + one.importance.to(device) * known
-        count = count + known
-        found.append((total / count.clamp(min=1), count > 0))
-    return found[::-1]
-
-
-def _add_samples(
-    fits: dict[int, CrossFitted],
-    hidden: Tensor,
-    target: tuple[Tensor, Tensor],
-    modality: Tensor,
-    normalize: bool,
-) -> None:
-    """The tokens of one forward, row by row."""
-    x = hidden.float()
-    importance, known = (tensor.to(x.device) for tensor in target)
-    if normalize:
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-    wished = (importance + _FLOOR).log()
-    for kind, fit in fits.items():
-        wanted = known & (modality == kind).to(x.device)
-        for row in range(x.shape[0]):
-            if wanted[row].any():
-                fit.add(x[row][wanted[row]], wished[row][wanted[row]])
+    zeros = [torch.zeros_like(mean) for mean in seen.means]
+    means = {"with mean updates": seen.means, "without": zeros} if zeros else {"without": []}
+    tried: dict[str, float] = {}
+    for target, fits in seen.fits.items():
+        _write_routers(controller, fits)
+        for name, vectors in means.items():
+            _write_means(controller, vectors)
+            tried[f"{target} {name}"] = divergence.measured()
+    best = min(tried, key=tried.__getitem__)
+    _write_means(controller, means[best.partition(" ")[2]])
+    logger.info("fit_router: KL by target %s", tried)
+    return tried
 
 
 def _write_routers(
@@ -300,16 +230,10 @@ def _write_routers(
 ) -> list[tuple[float, float]]:
     """Put the regressions into the routers; a modality without tokens keeps what it had."""
     explained = []
-    for layer, (router, by_kind) in enumerate(zip(_routers(controller), fits, strict=True)):
+    for router, by_kind in zip(routers_of(controller), fits, strict=True):
         found = dict.fromkeys(KINDS, 0.0)
         for kind, fit in by_kind.items():
             if not fit.count:
-                logger.warning(
-                    "fit_router: no later query saw a %s token in layer %s, so its router ranks "
-                    "them as it did before. Use longer continuations, or prompts that have some",
-                    KINDS[kind],
-                    layer,
-                )
                 continue
             weight, bias, found[kind] = fit.solve()
             with torch.no_grad():
@@ -317,6 +241,35 @@ def _write_routers(
                 router.bias[kind] = bias.to(router.bias)
         explained.append((found[TEXT], found[VISION]))
     return explained
+
+
+@torch.no_grad()
+def _fit_thresholds(model: Any, controller: Controller, batches: list[dict[str, Any]]) -> None:
+    """Put the thresholds of routed decode where the scores of sampled tokens have their rates.
+
+    Each forward is the training's, with the tokens skipped below a layer that its thresholds say,
+    so that a layer's scores are those it will see; the mean over the batches' quantiles, and a
+    second time from there.
+    """
+    try:
+        for done in range(2 * len(batches)):
+            controller.threshold_step = 1 / (done % len(batches) + 1)
+            model(**batches[done % len(batches)])
+    finally:
+        controller.threshold_step = None
+
+
+def _warn_unseen(fits: list[dict[int, CrossFitted]]) -> None:
+    """Say which layers rank a modality as before: no later query saw a token of it there."""
+    for kind, name in KINDS.items():
+        layers = [layer for layer, fit in enumerate(fits) if not fit[kind].count]
+        if layers:
+            logger.warning(
+                "fit_router: no later query saw a %s token in layers %s, so their routers rank "
+                "them as they did before. Use longer continuations, or prompts that have some",
+                name,
+                layers,
+            )
 
 
 def _centre_scores(
@@ -330,7 +283,7 @@ def _centre_scores(
     (0, 1), not pressed against 0. The mean of a sigmoid over normal logits is the probit
     approximation's.
     """
-    for router, by_kind in zip(_routers(controller), fits, strict=True):
+    for router, by_kind in zip(routers_of(controller), fits, strict=True):
         rows = router.rates().double()[: len(hop_shares)]
         rates = sum(share * row for share, row in zip(hop_shares, rows, strict=True))
         for kind, fit in by_kind.items():

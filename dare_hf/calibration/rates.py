@@ -59,6 +59,31 @@ class RateCosts:
     hops: dict[str, list[list[float]]]
 
 
+class Divergence:
+    """How far a routed model's predictions are from the plain one's, as `RateCosts` counts it.
+
+    Args:
+        model: The routed model.
+        controller: Its controller.
+        batches: Complete sequences with labels, as `continued` returns them.
+    """
+
+    def __init__(self, model: Any, controller: Controller, batches: list[dict[str, Any]]) -> None:
+        self.model, self.batches = model, batches
+        with torch.no_grad(), dare_disabled(model):
+            self._plain = [_predictions(model, batch) for batch in batches]
+        self.hops = [_hops(controller, batch) for batch in batches]
+        self._shares = [_shares(*pair) for pair in zip(batches, self.hops, strict=True)]
+
+    @torch.no_grad()
+    def measured(self) -> float:
+        """KL, nats per token, of the model as it is now."""
+        total = 0.0
+        for batch, plain, shares in zip(self.batches, self._plain, self._shares, strict=True):
+            total += _divergence(self.model, batch, plain, shares)
+        return total / sum(len(batch["labels"]) for batch in self.batches)
+
+
 class RateFit:
     """Measures what rates cost, and writes those of least cost into the routers.
 
@@ -67,33 +92,27 @@ class RateFit:
     mean rate of its own, and the layers' rates that belong to it.
 
     Args:
-        model: The routed model; its rates are overwritten.
+        divergence: Of the routed model, whose rates are overwritten.
         controller: Its controller.
         routers: Its routers, one per layer.
-        batches: Complete sequences with labels, as `continued` returns them.
         targets: Mean rate of each modality over hops and layers.
     """
 
     def __init__(
         self,
-        model: Any,
+        divergence: Divergence,
         controller: Controller,
         routers: Sequence[Router],
-        batches: list[dict[str, Any]],
         targets: Mapping[int, float],
     ) -> None:
-        self.model, self.routers, self.batches = model, routers, batches
+        self.divergence, self.routers = divergence, routers
         first = controller.settings.first_whole
         free = [layer >= first for layer in range(len(routers))]
         # layers that are whole by rule are not measured: the others hold the targets
         self.targets = {
             kind: held_mean(target, free, [1] * len(free)) for kind, target in targets.items()
         }
-        with torch.no_grad(), dare_disabled(model):
-            self._plain = [_predictions(model, batch) for batch in batches]
-        hops = [_hops(controller, batch) for batch in batches]
-        self._shares = [_shares(*pair) for pair in zip(batches, hops, strict=True)]
-        self.weights = _row_weights(routers[0], batches, hops)
+        self.weights = _row_weights(routers[0], divergence.batches, divergence.hops)
         self._rows = range(len(self.weights))
         self._layers = range(first, len(routers))
 
@@ -188,11 +207,7 @@ class RateFit:
     def _cost(self, rates: Profile) -> float:
         """Of these rates, all others keeping everything."""
         _set_rates(self.routers, rates)
-        total = 0.0
-        with torch.no_grad():
-            for batch, plain, shares in zip(self.batches, self._plain, self._shares, strict=True):
-                total += _divergence(self.model, batch, plain, shares)
-        return total / sum(len(batch["labels"]) for batch in self.batches)
+        return self.divergence.measured()
 
 
 def _hops(controller: Controller, batch: Mapping[str, Any]) -> Tensor:

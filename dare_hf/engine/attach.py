@@ -118,6 +118,7 @@ def new_router(settings: Settings, anatomy: Anatomy, index: int) -> Router:
         learned=config.learns_rates,
         normalize=config.normalize_input,
         mean_update=config.mean_update is True,
+        skips=config.decode == "routed",
     )
     if router.weight.device.type == "meta":  # peft's low_cpu_mem_usage: the weights come later
         return router
@@ -127,8 +128,9 @@ def new_router(settings: Settings, anatomy: Anatomy, index: int) -> Router:
 def router_shapes(settings: Settings, anatomy: Anatomy) -> list[dict[str, tuple[int, ...]]]:
     """What an adapter's file has to hold: for each layer the shapes of its router by name."""
     hidden, learned = anatomy.text_config.hidden_size, settings.config.learns_rates
-    hops, means = len(settings.table.vision), settings.config.mean_update is True
-    return [Router.saved_shapes(hidden, hops, learned, means) for _ in anatomy.layers]
+    optional = settings.config.mean_update is True, settings.config.decode == "routed"
+    hops = len(settings.table.vision)
+    return [Router.saved_shapes(hidden, hops, learned, *optional) for _ in anatomy.layers]
 
 
 def attach(target: Any, controller: Controller, undo: UndoRecord, owner: Owner) -> ModelState:

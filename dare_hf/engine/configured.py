@@ -109,6 +109,11 @@ class Configured:
         """Whether nothing can be pruned."""
         return self.in_use.never_prunes
 
+    @property
+    def skips(self) -> bool:
+        """Whether sampled tokens may skip layers."""
+        return self.config.decode == "routed" and not self.never_prunes
+
     def configure(self, settings: Settings) -> None:
         """Route by these settings from the next forward on."""
         if self._base.settings.config is not settings.config:

@@ -75,6 +75,8 @@ class Controller(Configured):
         self._expanders = found if any(found) else None
         self.newest = NewestRun()
         self._recompute = Repeats()
+        # How far one training forward moves the thresholds of routed decode; None: not at all.
+        self.threshold_step: float | None = None
 
     @property
     def shapes(self) -> list[LayerShape]:
@@ -139,6 +141,12 @@ class Controller(Configured):
             return True
         least = self.exempt.get(layer)
         return least is not None and context.past + context.length >= least
+
+    def may_skip(self, layer: int, context: ForwardContext) -> bool:
+        """Whether sampled tokens of a forward may skip a layer; the last layer none does."""
+        if not self.skips or not any(context.sampled) or self.is_exempt(layer, context):
+            return False
+        return layer < len(self.anatomy.layers) - 1
 
     def plan_before(self, layer: int, context: ForwardContext) -> Plan | None:
         """The last plan before `layer` of one that could choose: others bring nothing back."""

@@ -14,10 +14,12 @@ from dare_hf.routing.kinds import TEXT, VISION
 from dare_hf.routing.selection import (
     competitors,
     gather_index,
+    hop_prefix_mask,
     keep_mask,
     kept_columns,
     last_columns,
 )
+from dare_hf.routing.thresholds import below
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +43,7 @@ class Plan:
             are live.
         keep: Bool[B, S] the running tokens; None when all real ones run.
         scores: Float32[B, S] they were chosen by, None where none were needed.
+        ran: Per row the sampled tokens that run; None where all do.
         chosen: Per row whether anything was chosen in it; () where nothing was in any.
         merged: What takes the places of some of the running tokens where this layer begins.
         cut: Whether transformers hands the layer its last columns only.
@@ -54,6 +57,7 @@ class Plan:
     live: Tensor | None = None
     keep: Tensor | None = None
     scores: Tensor | None = None
+    ran: list[int] | None = None
     chosen: tuple[bool, ...] = ()
     merged: Merged | None = None
     cut: bool = False
@@ -80,7 +84,12 @@ class Plan:
 
     def running(self, context: ForwardContext) -> list[int]:
         """Real tokens per row that run, sampled ones included."""
-        return [sum(k) + s for k, s in zip(self.kept, context.sampled, strict=True)]
+        sampled = context.sampled if self.ran is None else self.ran
+        return [sum(k) + s for k, s in zip(self.kept, sampled, strict=True)]
+
+    def idle(self, context: ForwardContext) -> bool:
+        """Whether no token runs: all that the forward brings are sampled, and skip."""
+        return self.ran is not None and not any(self.running(context))
 
     def take(self, tensor: Tensor, fill: Any = None) -> Tensor:
         """[B, S] brought to [B, K]; dead columns take `fill` where it is given."""
@@ -213,6 +222,41 @@ class Planner:
         plan = self._finish(context, keep, kept, scores)
         return replace(plan, chosen=self.prunes(context, layer, before), merged=merged)
 
+    def skip(self, context: ForwardContext, plan: Plan, scores: Tensor, thresholds: Tensor) -> Plan:
+        """The plan without sampled tokens whose score is under the layer's threshold.
+
+        Args:
+            context: The forward.
+            plan: What the layer runs of the span, and all sampled tokens.
+            scores: Float32[B, S].
+            thresholds: Float32[hops, 2] of the layer.
+
+        Source: docs/method.md, section 6.
+        """
+        real = context.modality >= 0
+        sampled = real if context.span is None else real & ~context.span
+        runs = self._never_skips(context)
+        runs = runs | ~below(scores, thresholds, context.token_hop, context.modality)
+        # which rows have work is what the host has to know of each layer
+        ran = (sampled & runs).sum(1).tolist()
+        if ran == context.sampled:
+            return plan
+        keep = real if plan.keep is None else plan.keep
+        return self._finish(context, keep & (runs | ~sampled), plan.kept, plan.scores, ran)
+
+    def _never_skips(self, context: ForwardContext) -> Tensor:
+        """Bool[B, S]: the first tokens of each hop, and ids that are always kept."""
+        if context.never_skips is None:
+            modality, hop = context.modality, context.token_hop
+            if context.cache is not None and context.past:
+                log = context.cache.log
+                modality = torch.cat([log.modality.to(modality), modality], 1)
+                hop = torch.cat([log.hop.to(hop), hop], 1)
+            first = hop_prefix_mask(modality >= 0, hop, max(self.config.prefix_tokens, 1))
+            first = first[:, first.shape[1] - context.length :]
+            context.never_skips = first if context.always is None else first | context.always
+        return context.never_skips
+
     def _clusters(self, kept: Rows, forced: Rows, available: Rows) -> list[int]:
         """Per row how many of its vision budget are clusters of what is dropped."""
         if not self.config.recycle:
@@ -223,17 +267,24 @@ class Planner:
         ]
 
     def _finish(
-        self, context: ForwardContext, keep: Tensor, kept: list[list[int]], scores: Tensor
+        self,
+        context: ForwardContext,
+        keep: Tensor,
+        kept: list[list[int]],
+        scores: Tensor | None,
+        ran: list[int] | None = None,
     ) -> Plan:
-        """Turn a keep mask into the layer's columns; sampled tokens always run."""
-        if any(context.sampled):
+        """Turn a keep mask into the layer's columns; sampled tokens run unless `ran` says not."""
+        if any(context.sampled) and ran is None:
             keep = keep | ((context.modality >= 0) & ~context.span_and_forced()[0])
-        running = [sum(k) + s for k, s in zip(kept, context.sampled, strict=True)]
+        sampled = context.sampled if ran is None else ran
+        running = [sum(k) + s for k, s in zip(kept, sampled, strict=True)]
         width = max(*running, 1) if len(running) > 1 else max(running[0], 1)
         if width == context.length:
             full = min(running) == width
-            return Plan(kept, width, live=None if full else keep, keep=keep, scores=scores)
+            live = None if full else keep
+            return Plan(kept, width, live=live, keep=keep, scores=scores, ran=ran)
         if min(running) == width:
-            return Plan(kept, width, kept_columns(keep, width), None, keep, scores)
+            return Plan(kept, width, kept_columns(keep, width), None, keep, scores, ran)
         index, live = gather_index(keep, width)
-        return Plan(kept, width, index, live, keep, scores)
+        return Plan(kept, width, index, live, keep, scores, ran)

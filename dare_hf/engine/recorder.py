@@ -221,6 +221,9 @@ class Recorder:
         self._tail = sampled if sampled < context.length else self._tail + sampled
         phase: Phase = "decode" if context.span is None else "prefill"
         self.builder.forward(queries, keys, real, self._real, phase, tails)
+        for layer, plan in plans.items():
+            if plan.ran is not None:
+                self.builder.skipped(layer, sum(context.sampled) - sum(plan.ran))
         self.builder.head(context.head_rows, phase)
         self._note_scoring(context, keys, phase)
         self._note_span(context)

@@ -13,7 +13,7 @@ from dare_hf.engine.masks import gather_mask, is_flash
 from dare_hf.engine.plan import Plan, keep_all
 from dare_hf.forward.facts import KeyView
 from dare_hf.hops.in_forward import restrict
-from dare_hf.routers.holder import mean_update_of
+from dare_hf.routers.holder import mean_update_of, thresholds_of
 from dare_hf.routing.scores import HeadMean, local_mean
 from dare_hf.routing.stale import stale
 from dare_hf.scoring.observe import AttentionCall, push_next, push_queries
@@ -45,6 +45,7 @@ class LayerState:
         sees_all: Whether a token sees every real one before it: no window, no chunks.
         mean: Over all heads of this layer, where this process holds some.
         reads_positions: Whether its attention computes with position ids itself.
+        returns: How many values the layer returned last, 0 for a bare tensor; -1 before.
     """
 
     controller: Controller
@@ -55,6 +56,7 @@ class LayerState:
     sees_all: bool = False
     mean: HeadMean = local_mean
     reads_positions: bool = False
+    returns: int = -1
 
     @property
     def source(self) -> int:
@@ -125,6 +127,10 @@ def routed_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
     controller.remember_context(kwargs, context)
     if controller.anatomy.sources.count(state.index) > 1:
         context.keys[state.index] = _key_view(state, context, plan, kwargs)
+    if plan.idle(context) and (slot := _slot(state, context, kwargs)) is not None:
+        passed = _passed_by(layer, state, context, hidden_states, slot)
+        if passed is not None:
+            return passed
     _stage(state, context, plan, kwargs)
     reads = controller.keeps_queries(state.index) or context.inner_hops is not None
     reads = reads or controller.captures(state.index, context)
@@ -183,6 +189,8 @@ def _select(
     controller, index = state.controller, state.index
     scored = controller.stores_scores(index) or controller.config.multiplies
     rows = controller.planner.prunes(context, index, before)
+    if controller.may_skip(index, context):
+        return _select_sampled(layer, state, context, hidden, rows)
     if controller.is_exempt(index, context) or not rows:
         plan = keep_all(context)
         if scored:
@@ -199,6 +207,39 @@ def _select(
             alone = torch.tensor(rows).to(scores.device, non_blocking=True)
             scores = scores.masked_fill(~alone[:, None], 0.0)
         return controller.planner.plan(context, index, scores, before, hidden.detach())
+
+
+def _select_sampled(
+    layer: nn.Module,
+    state: LayerState,
+    context: ForwardContext,
+    hidden: Tensor,
+    rows: tuple[bool, ...],
+) -> Plan:
+    """The plan of a layer that sampled tokens may skip."""
+    controller, index = state.controller, state.index
+    with torch.no_grad():
+        scores = controller.scorer.scores(context, layer, index, hidden.detach())
+        scores = scores.to(context.device)
+        plan = keep_all(context)
+        if rows:
+            plan = controller.planner.plan(context, index, scores, None, hidden.detach())
+        plan = replace(plan, scores=scores)
+        thresholds = thresholds_of(layer)
+        return controller.planner.skip(context, plan, scores, thresholds)
+
+
+def _passed_by(
+    layer: nn.Module, state: LayerState, context: ForwardContext, hidden: Tensor, slot: DareLayer
+) -> Any:
+    """What a layer returns that no token runs; None where only running it tells in which form."""
+    if state.returns not in (0, 1):
+        return None
+    context.cached_before[state.index] = list(slot.kept_host) or [0] * context.batch
+    slot.advance(context.past + context.length)
+    if state.controller.config.mean_update is True:
+        hidden = stale(hidden, mean_update_of(layer), context.modality)
+    return (hidden,) if state.returns else hidden
 
 
 def _slot(state: LayerState, context: ForwardContext, kwargs: dict[str, Any]) -> DareLayer | None:
@@ -378,10 +419,15 @@ def _scaled(state: LayerState, plan: Plan, rows: Tensor, output: Any) -> Any:
 
     Source: docs/method.md, section 7.
     """
+    state.returns = len(output) if isinstance(output, tuple) else 0
     if not state.controller.config.multiplies:
         return output
     if isinstance(output, tuple):
-        return (_scaled(state, plan, rows, output[0]), *output[1:])
+        return (_multiplied(plan, rows, output[0]), *output[1:])
+    return _multiplied(plan, rows, output)
+
+
+def _multiplied(plan: Plan, rows: Tensor, output: Tensor) -> Tensor:
     assert plan.scores is not None
     scores = plan.take(plan.scores).to(rows.device)[..., None]
     return rows + (scores * (output - rows)).to(rows.dtype)

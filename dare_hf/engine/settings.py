@@ -138,6 +138,13 @@ def resolve(model: Any, config: DareConfig, anatomy: Anatomy, processor: Any = N
         # without image ids no token is vision, whatever a processor says
         type_ids=() if config.image_token_ids == () else spec.type_ids,
     )
+    if config.decode == "routed" and (
+        spec.streams or len(set(anatomy.sources)) < len(table.text[0])
+    ):
+        raise DareConfigError(
+            "decode: expected a model whose layers each store keys of their own and have one "
+            f"hidden state a token; got {spec.model_type!r}. Leave decode at its default"
+        )
     for name in ("recycle", "mean_update"):
         if getattr(config, name) is True and spec.streams:
             raise DareConfigError(
@@ -159,6 +166,14 @@ def _check_together(config: DareConfig, table: RetentionTable, scorer: Scorer) -
         raise DareConfigError(
             "recycle: expected pruned='drop' and scorer='text_raters' beside it; got pruned="
             f"{config.pruned!r} and scorer={config.scorer!r}. Set those, or leave recycle out"
+        )
+    if config.decode == "routed" and (
+        (config.pruned, config.plan_every, config.resolved_hop_score) != ("bypass", 1, "stored")
+    ):
+        raise DareConfigError(
+            "decode: expected pruned='bypass', plan_every=1 and hop_score='stored' beside "
+            "'routed', under which each layer decides by scores of its own; got "
+            f"{config.pruned!r}, {config.plan_every} and {config.resolved_hop_score!r}. Set those"
         )
     if config.hop_summary is not None and (config.learns_rates or config.scorer == "router"):
         raise DareConfigError(
@@ -316,10 +331,11 @@ def check_adapter(config: DareConfig, *, present: bool) -> None:
                 "without one. Load an adapter (apply_dare(model, 'folder')), train one "
                 f"(peft.get_peft_model(model, config)), or choose another {name}"
             )
-    if config.decode == "routed":
+    if config.decode == "routed" and not (present and config.scorer == "router"):
         raise DareConfigError(
-            "decode: expected 'full'; got 'routed', which needs thresholds that no adapter holds "
-            "yet. Leave decode at its default: sampled tokens run all layers"
+            "decode: expected a trained router adapter that holds thresholds for 'routed'; got a "
+            f"configuration {'with' if present else 'without'} one, scorer={config.scorer!r}. Fit "
+            "one (fit_router with decode='routed'), or leave decode at its default"
         )
     if config.score_scaling != "straight_through" and config.scorer != "router":
         raise DareConfigError(

@@ -43,7 +43,12 @@ def is_step(
         return False
     if context.valid is not None or context.inner_hops is not None or torch.is_grad_enabled():
         return False
-    if controller.config.multiplies or controller.anatomy.shares or controller.exempt:
+    if (
+        controller.skips
+        or controller.config.multiplies
+        or controller.anatomy.shares
+        or controller.exempt
+    ):
         return False
     if not ends and controller.config.resolved_hop_score == "stored":
         return False  # nobody says when it ends: another adapter may be active then

@@ -71,6 +71,7 @@ class ForwardContext:
         attention_layer: The layer whose attention gave it last.
         raters: Bool[B, S] the text whose attention scores (`text_raters`); None where there is no
             such choice.
+        never_skips: Bool[B, S] tokens that skip no layer, once a layer has asked (routed decode).
         rotary: The rotary embedding of the layer that runs now, cosines and sines; None where it is
             given none.
         columns: Long[B|1, C] logical position of each key of the layer that runs now.
@@ -110,6 +111,7 @@ class ForwardContext:
     attention_score: Tensor | None = None
     attention_layer: int = -1
     raters: Tensor | None = None
+    never_skips: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     columns: Tensor | None = None
     column_scores: Tensor | None = None

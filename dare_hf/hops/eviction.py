@@ -108,8 +108,9 @@ class HopPruner:
 
     @property
     def by_scores(self) -> bool:
-        """Whether scores may decide how many of a modality are left, not only which."""
-        return self.config.max_kv_tokens is not None or self.config.pruned == "drop"
+        """Whether scores may decide how many of a modality are left, or were stored."""
+        capped, drops = self.config.max_kv_tokens is not None, self.config.pruned == "drop"
+        return capped or drops or self.config.decode == "routed"
 
     def keep(self, layer: int, tokens: StoredTokens) -> Tensor:
         """Bool[B, C]: the stored columns of `layer` that stay; call it layer by layer."""

@@ -102,13 +102,14 @@ class Held:
         """An empty layer."""
         return Held(by_hop([]))
 
-    def plus(self, hop: int, counts: Counts) -> Held:
-        """With more tokens of a hop."""
+    def plus(self, hop: int, counts: Counts, *, sure: bool = True) -> Held:
+        """With more tokens of a hop, or at most so many."""
         longer = max(hop + 1 - len(self.groups), 0)
         groups = torch.nn.functional.pad(self.groups, (0, 0, 0, longer))
         groups[hop] += by_hop([counts])[0]
         more = sum(counts)
-        return replace(self, groups=groups, least=self.least + more, most=self.most + more)
+        least = self.least + more if sure else self.least
+        return replace(self, groups=groups, least=least, most=self.most + more)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +173,7 @@ class Ledger:
         whole, forced = (
             closed_groups(by_hop(counts), hop, pooled=pooled) for counts in (tokens, pinned)
         )
-        layers = self._with_sampled(hop, tokens)
+        layers = self._with_sampled(hop, tokens, sure=rules.config.decode == "full")
         summary = rules.config.hop_summary
         budgets = closed_budgets(rules.table, range(len(layers)), [hop], whole[None], summary)[:, 0]
         drops, done = rules.config.pruned == "drop", list[Held]()
@@ -202,14 +203,14 @@ class Ledger:
             end=max(end, self.end),
         )
 
-    def _with_sampled(self, hop: int, tokens: Sequence[Counts]) -> tuple[Held, ...]:
-        """The layers with the sampled tokens of the hops that close."""
+    def _with_sampled(self, hop: int, tokens: Sequence[Counts], *, sure: bool) -> tuple[Held, ...]:
+        """The layers with the sampled tokens of the hops that close, `sure` that none skipped."""
         layers = self.layers
         for own in range(self.begun, min(hop, len(tokens))):
             spans = [span[1:] for span in self.spans if span[0] == own]
             more = [tokens[own][m] - sum(span[m] for span in spans) for m in (TEXT, VISION)]
             if any(more):
-                layers = tuple(layer.plus(own, more) for layer in layers)
+                layers = tuple(layer.plus(own, more, sure=sure) for layer in layers)
         return layers
 
 

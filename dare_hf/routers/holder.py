@@ -90,12 +90,32 @@ def mean_update_of(layer: nn.Module) -> Tensor | None:
     Raises:
         DareStateError: An offload has taken it away.
     """
+    router = _router_of(layer)
+    return None if router is None else _at_hand(router.mean_update)
+
+
+def thresholds_of(layer: nn.Module) -> Tensor:
+    """Float32[hops, 2] thresholds of a layer by the active adapter, which has them.
+
+    Raises:
+        DareStateError: An offload has taken them away.
+    """
+    router = _router_of(layer)
+    assert router is not None
+    thresholds = _at_hand(router.thresholds)
+    assert thresholds is not None
+    return thresholds
+
+
+def _router_of(layer: nn.Module) -> Router | None:
     holder = holder_of(layer)
-    router = None if holder is None else holder.active_router
-    vectors = None if router is None else router.mean_update
-    if vectors is not None and vectors.device.type == "meta":
+    return None if holder is None else holder.active_router
+
+
+def _at_hand(tensor: Tensor | None) -> Tensor | None:
+    if tensor is not None and tensor.device.type == "meta":
         raise DareStateError(OFFLOADED)
-    return vectors
+    return tensor
 
 
 def device_of(layer: nn.Module) -> torch.device:

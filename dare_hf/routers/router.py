@@ -29,6 +29,7 @@ class Router(nn.Module):
         learned: Whether they start a training; else they are fixed: no parameter, and not saved.
         normalize: Whether the input is RMS-normalised, without parameters, before it is scored.
         mean_update: Whether it holds the vectors that tokens add where they do not run.
+        skips: Whether it holds the thresholds under which sampled tokens skip the layer.
         generator: Draws the weights; None for torch's global one.
 
     Attributes:
@@ -38,11 +39,15 @@ class Router(nn.Module):
             A buffer where the rates are fixed.
         mean_update: Float32[2, D], rows text and vision: the mean of what the layer adds to tokens
             of the modality, zeros until it was measured; None without one. A buffer.
+        thresholds: Float32[hops, 2], rows and columns as `rate_logits`: a sampled token whose score
+            is lower skips the layer; zeros until they were measured, and then none does. None
+            without them. A buffer.
 
-    Source: docs/method.md, sections 2, 3 and 4.
+    Source: docs/method.md, sections 2, 3, 4 and 6.
     """
 
     mean_update: Tensor | None
+    thresholds: Tensor | None
 
     def __init__(
         self,
@@ -52,11 +57,13 @@ class Router(nn.Module):
         learned: bool = True,
         normalize: bool = True,
         mean_update: bool = False,
+        skips: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.normalize = normalize
         self.register_buffer("mean_update", torch.zeros(2, hidden) if mean_update else None)
+        self.register_buffer("thresholds", torch.zeros(len(rates), 2) if skips else None)
         weight = torch.randn(2, hidden, generator=generator) * (_INIT_STD / hidden**0.5)
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(torch.zeros(2))
@@ -69,12 +76,13 @@ class Router(nn.Module):
 
     @staticmethod
     def saved_shapes(
-        hidden: int, hops: int, learned: bool, mean_update: bool = False
+        hidden: int, hops: int, learned: bool, mean_update: bool = False, skips: bool = False
     ) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors that a router of so many rows of rates has in a file, by name."""
         own: dict[str, tuple[int, ...]] = {"weight": (2, hidden), "bias": (2,)}
         own |= {"rate_logits": (hops, 2)} if learned else {}
-        return own | ({"mean_update": (2, hidden)} if mean_update else {})
+        own |= {"mean_update": (2, hidden)} if mean_update else {}
+        return own | ({"thresholds": (hops, 2)} if skips else {})
 
     def forward(self, hidden: Tensor, modality: Tensor) -> Tensor:
         """`scores`, so that accelerate's offload hooks bring the weights first."""

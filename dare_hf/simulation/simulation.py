@@ -14,8 +14,9 @@ from dare_hf.routing.first import taken_first
 from dare_hf.routing.kinds import PAD, TEXT, VISION
 from dare_hf.routing.losses import group_means
 from dare_hf.routing.retention import budget
-from dare_hf.routing.selection import keep_mask
+from dare_hf.routing.selection import hop_prefix_mask, keep_mask
 from dare_hf.routing.stale import mean_updates
+from dare_hf.routing.thresholds import below, follow_quantiles, limits
 from dare_hf.simulation.competition import Competition, soft_gates
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ class Simulation:
         noise: Draws the Gumbel selector's noise; None outside training.
         training: Whether the model is in training mode.
         sources: For each layer the one whose keys it reads; () where each reads its own.
+        threshold_step: How far the thresholds of routed decode follow this forward's scores; None
+            where they stay.
 
     Attributes:
         record: What the auxiliary losses read.
@@ -110,10 +113,12 @@ class Simulation:
         noise: torch.Generator | None,
         training: bool,
         sources: Sequence[int] = (),
+        threshold_step: float | None = None,
     ) -> None:
         self.context, self.config, self.table = context, config, table
         self.scorer, self.routers, self.tau, self.noise = scorer, routers, tau, noise
         self.training, self.sources = training, sources
+        self.threshold_step = threshold_step
         self.closed = False
         self.drops = config.pruned == "drop"
         span, _ = context.span_and_forced()
@@ -236,7 +241,7 @@ class Simulation:
             return False
         source = self.table.plan_layers[index]
         rates = [self.table.rate(h, source, m) for h in range(self.hops) for m in MODALITIES]
-        return min(rates) >= 1.0
+        return min(rates) >= 1.0 and self.config.decode == "full"
 
     # routing of spans
 
@@ -254,15 +259,60 @@ class Simulation:
             rows = self._span_budgets(index, hop, counts)
             hard = hard | self._keep(ranked.detach(), own, candidates & own, rows)
         run = hard | ~span
+        skips = self._skips(index, scores)
+        if skips is not None:
+            run = run & ~skips[1]
         gate = run.to(scores.dtype)
         if self.learns(index) and self.spans:
             competitions = self._span_competitions(index, candidates, forced)
             soft = torch.stack(soft_gates(ranked, competitions, self.config, self.tau)).sum(0)
             gate = torch.where(span, gates.straight_through(hard, soft), 1.0)
+        if skips is not None:
+            gate = self._skip_gate(index, scores, *skips, gate)
         if before is not None:
             gate = gate * before.gate
         self._note(index, scores)
         return Route(run, gate, scores, ranked)
+
+    def _skips(self, index: int, scores: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Bool[B, S] twice: sampled tokens that could skip the layer, and those that do.
+
+        None where none can. In training the thresholds follow the scores first.
+        """
+        config, context = self.config, self.context
+        if config.decode != "routed" or self.routers is None or index == len(self.routers) - 1:
+            return None
+        thresholds = self.routers[index].thresholds
+        assert thresholds is not None
+        real = context.modality >= 0
+        first = hop_prefix_mask(real, context.token_hop, max(config.prefix_tokens, 1))
+        could = real & ~context.span_and_forced()[0] & ~first
+        if context.always is not None:
+            could = could & ~context.always
+        facts = (context.token_hop, context.modality)
+        if self.threshold_step is not None:
+            rates = self._threshold_rates(index)
+            follow_quantiles(thresholds, scores.detach(), could, *facts, rates, self.threshold_step)
+        return could, could & below(scores.detach(), thresholds, *facts).to(could.device)
+
+    def _threshold_rates(self, index: int) -> list[list[float]]:
+        """[rows][text, vision] rates of a layer, by row of the table."""
+        thresholds = self.routers[index].thresholds if self.routers else None
+        rows = 0 if thresholds is None else len(thresholds)
+        return [[self.table.rate(hop, index, m) for m in MODALITIES] for hop in range(rows)]
+
+    def _skip_gate(
+        self, index: int, scores: Tensor, could: Tensor, does: Tensor, gate: Tensor
+    ) -> Tensor:
+        """The gates with those of sampled tokens, soft around the threshold."""
+        if not self.learns(index) or self.routers is None:
+            return gate
+        thresholds = self.routers[index].thresholds
+        assert thresholds is not None
+        context = self.context
+        limit = limits(thresholds, context.token_hop, context.modality).to(scores)
+        soft = torch.sigmoid((scores - limit) / self.config.soft_temperature)
+        return torch.where(could, gates.straight_through(~does, soft), gate)
 
     def _scores(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
         if self.routers is not None and self.config.scorer == "router":

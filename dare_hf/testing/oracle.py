@@ -49,6 +49,9 @@ class OracleRouting:
             `special_ids`; None where text is not protected.
         special_ids: Ids of special text tokens.
         recent_share: Share of a text budget that goes to the newest text.
+        thresholds: Per layer Float[2], text and vision: a sampled token of a lower score skips it,
+            but for the first ones of its hop (`prefix_tokens`, at least 1) and those always kept;
+            no token skips the last layer.
         mean_update: Per layer Float[2, D], what a text and a vision token add that do not run it.
     """
 
@@ -63,6 +66,7 @@ class OracleRouting:
     special_ids: tuple[int, ...] = ()
     recent_share: float = 0.0
     mean_update: Sequence[Tensor] | None = None
+    thresholds: Sequence[Tensor] | None = None
 
 
 class OracleRun(NamedTuple):
@@ -214,7 +218,7 @@ class _Chooser:
         candidates = modality != PAD
         if self.routing.pruned == "drop" and self.keeps:
             candidates = candidates & self.keeps[-1][:, : self.span]
-        keep = self.modality != PAD  # sampled tokens run every layer
+        keep = self._sampled(layer, hidden)
         forced, budgets = self._forced(), self._budgets(layer)
         newest = reference.newest_text(
             modality, candidates, forced, budgets[:, TEXT], self.routing.recent_share
@@ -222,6 +226,25 @@ class _Chooser:
         keep[:, : self.span] = reference.keep_mask(
             scores.float(), modality, candidates, forced, budgets, first=newest
         )
+        return keep
+
+    def _sampled(self, layer: int, hidden: Tensor) -> Tensor:
+        """Bool[B, S]: real tokens, without the sampled ones that skip the layer."""
+        keep = self.modality != PAD
+        if self.routing.thresholds is None or layer == len(self.routing.thresholds) - 1:
+            return keep
+        columns = torch.arange(hidden.shape[1]).expand_as(self.modality)
+        sampled = columns >= self.span
+        scores = self.scorer(
+            hidden, self.modality, layer=layer, hop=sampled.long(), positions=columns
+        )
+        for row in range(len(keep)):
+            written = [c for c in range(self.span, keep.shape[1]) if keep[row, c]]
+            for column in written[max(self.routing.prefix_tokens, 1) :]:
+                kind = int(self.modality[row, column])
+                low = bool(scores[row, column] < self.routing.thresholds[layer][kind])
+                kept = int(self.ids[row, column]) in self.routing.always_keep
+                keep[row, column] = kept or not low
         return keep
 
     def _forced(self) -> Tensor:
