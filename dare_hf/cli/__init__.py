@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dare_hf.cli import on_rows
+from dare_hf.cli import convert, on_rows
 from dare_hf.cli.console import REFUSED, AsJson, one_line_errors, progress
 from dare_hf.errors import UnsupportedModelError
 
@@ -390,5 +390,6 @@ def train(
         end_processes()
 
 
+app.add_typer(convert.app, name="convert")
 app.command()(on_rows.tune)
 app.command()(on_rows.check)

@@ -8,7 +8,15 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from dare_hf.errors import DareConfigError, DareInputError
-from dare_hf.generation.boxes import WRITTEN, Box, cells, crop_pixels, parse_box, written_box
+from dare_hf.generation.boxes import (
+    WRITTEN,
+    Box,
+    cells,
+    crop_pixels,
+    parse_box,
+    vocot_cells,
+    written_box,
+)
 from dare_hf.generation.feature_grid import feature_grids
 from dare_hf.generation.hop_input import placeholder_id
 from dare_hf.generation.hop_types import HopInput
@@ -100,6 +108,9 @@ class BoxRefocus:
         frame: Token ids before and after injected features; default: those that frame images in
             the model's config (Qwen, Gemma), else none. With "pixels" the processor frames them.
         max_boxes: Boxes used per row and call; None for no limit.
+        region: With "features": "touched" is every cell the box touches, repaired where it has to
+            be; "vocot" is what VoCoT's released code cuts out (`vocot_cells`: transposed, nothing
+            repaired), for weights that were trained so, VolCano's.
 
     Attributes:
         counts: RefocusCounts over all calls.
@@ -120,6 +131,7 @@ class BoxRefocus:
         image_of: Callable[[HopState, int], int | None] | None = None,
         frame: tuple[Sequence[int], Sequence[int]] | None = None,
         max_boxes: int | None = None,
+        region: Literal["touched", "vocot"] = "touched",
     ) -> None:
         if source not in ("features", "pixels"):
             raise DareConfigError(f'source: expected "features" or "pixels"; got {source!r}')
@@ -130,6 +142,12 @@ class BoxRefocus:
             )
         if image_of is not None and not callable(image_of):
             raise DareConfigError(f"image_of: expected a function or None; got {image_of!r}")
+        if region not in ("touched", "vocot") or (region == "vocot" and source == "pixels"):
+            raise DareConfigError(
+                'region: expected "touched", or with source="features" also "vocot"; got '
+                f"{region!r} with source={source!r}"
+            )
+        self.region = region
         self.source, self.scale, self.tags = source, _scale(scale), _tags(tags)
         self.image_of, self.frame, self.max_boxes = image_of, _framing(frame), _count(max_boxes)
         self.images = None if images is None else _rows(images)
@@ -154,7 +172,11 @@ class BoxRefocus:
         if self.images is None:
             frame = self.frame or _frame(prompt.model.config)
             grids = feature_grids(prompt, -1 if token is None else token)
-            return _Run(self, grids, lambda grid, box: _features(grid, box, frame, token))
+
+            def cut(grid: Tensor, box: Box) -> HopInput | None:
+                return _features(_region(grid, box, self.region), frame, token)
+
+            return _Run(self, grids, cut)
         prompts = len(prompt.ids) // prompt.samples
         if len(self.images) != prompts:
             raise DareInputError(
@@ -197,13 +219,13 @@ class _Run:
         if picture is None:
             counts.no_image += 1
             return None
-        found, inverted, clamped = _within(box, refocus.scale)
-        if found is None:
-            counts.empty += 1
-            return None
-        answer = self.cut(picture, found)
+        vocot = refocus.region == "vocot"
+        found, inverted, clamped = (_as_is if vocot else _within)(box, refocus.scale)
+        answer = None if found is None else self.cut(picture, found)
         if answer is None:
-            counts.thin += 1
+            thin = found is not None and refocus.source == "pixels"
+            counts.thin += thin
+            counts.empty += not thin
             return None
         self.used[hop.row] += 1
         counts.used += 1
@@ -238,13 +260,36 @@ def _within(box: Box, scale: tuple[float, float]) -> tuple[Box | None, bool, boo
     return (left, top, right, bottom), inverted, [left, right, top, bottom] != columns + rows
 
 
-def _features(
-    grid: Tensor, box: Box, frame: tuple[Sequence[int], Sequence[int]], token: int | None
-) -> HopInput:
-    """The cells [h, w, D] of a grid [height, width, D] that a box touches, in their frame."""
+def _as_is(box: Box, scale: tuple[float, float]) -> tuple[Box | None, bool, bool]:
+    """As `_within`, nothing repaired; negative numbers name no cell."""
+    left, top, right, bottom = (n / scale[i % 2] for i, n in enumerate(box))
+    return (left, top, right, bottom) if min(box) >= 0 else None, False, False
+
+
+def _region(grid: Tensor, box: Box, kind: str) -> Tensor:
+    """The cells [h, w, D] of a grid [height, width, D] that a box stands for.
+
+    Raises:
+        DareInputError: "vocot", and the grid is no square.
+    """
     left, top, right, bottom = box
-    rows = cells(top, bottom, grid.shape[0], WRITTEN)
-    region = grid[rows, cells(left, right, grid.shape[1], WRITTEN)]
+    height, width = grid.shape[:2]
+    if kind == "touched":
+        return grid[cells(top, bottom, height, WRITTEN), cells(left, right, width, WRITTEN)]
+    if height != width:
+        raise DareInputError(
+            'BoxRefocus(region="vocot"): expected a square grid of features; got '
+            f'{height} x {width}. Use region="touched"'
+        )
+    return grid[vocot_cells(box, height)]
+
+
+def _features(
+    region: Tensor, frame: tuple[Sequence[int], Sequence[int]], token: int | None
+) -> HopInput | None:
+    """A region [h, w, D] in its frame; None where it is empty."""
+    if not region.numel():
+        return None
     before, after = (list(ids) for ids in frame)
     if not (before or after):
         return HopInput(features=region)

@@ -66,6 +66,29 @@ def cells(low: float, high: float, size: int, slack: float = 0.0) -> slice:
     return slice(begin, min(max(end, begin + 1), size))
 
 
+def vocot_cells(box: Box, size: int) -> tuple[slice, slice]:
+    """Rows and columns of a square grid that VoCoT's released code takes for a box.
+
+    Rows go by x and columns by y, which mirrors the region at the grid's diagonal; a cell that is
+    touched by any rounding of the last decimal belongs to it; corners are not sorted. VolCano's
+    weights were trained on such regions.
+
+    Args:
+        box: Left, top, right, bottom as shares of the picture.
+        size: Cells per side of the grid.
+
+    Returns:
+        The slices. One that begins at or behind its end holds nothing; VoCoT injects nothing then.
+
+    Source: VoCoT (arXiv:2405.16919), released code, box_align, in float32; in float16 that code
+    rounds some borders to the next cell.
+    """
+    low = [math.floor(share * size + _ROUNDING) for share in box[:2]]
+    high = [min(math.ceil(share * size - _ROUNDING), size) for share in box[2:]]
+    rows, columns = (slice(*pair) for pair in zip(low, high, strict=True))
+    return rows, columns
+
+
 def crop_pixels(image: Image, box: Box) -> Image:
     """The part of a picture within a box, at the picture's own resolution.
 

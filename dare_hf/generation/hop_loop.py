@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from dare_hf.forward.generation_call import GenerationCall
     from dare_hf.generation.hop_types import Piece
-    from dare_hf.generation.vq_decoder import VQPatchDecoder
+    from dare_hf.generation.vq_decoder import ImageDecoder
 
 logger = logging.get_logger("transformers.dare_hf")
 
@@ -60,7 +60,7 @@ class HopLoop:
         max_hops: int | None = None,
         *,
         processor: Any = None,
-        decoder: VQPatchDecoder | None = None,
+        decoder: ImageDecoder | None = None,
     ) -> None:
         if not callable(on_hop) and not callable(getattr(on_hop, "begin", None)):
             raise DareConfigError(

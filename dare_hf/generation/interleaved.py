@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import ChameleonProcessor, LogitsProcessor, PreTrainedModel
 
 from dare_hf.errors import DareConfigError, DareInputError, UnsupportedModelError
-from dare_hf.generation.vq_decoder import VQPatchDecoder
+from dare_hf.generation.vq_decoder import ImageDecoder
 
 
 def image_token_ids(model: PreTrainedModel) -> dict[int, int]:
@@ -175,9 +175,9 @@ def decode_images(
     model: PreTrainedModel,
     processor: ChameleonProcessor,
     images: Sequence[Sequence[int]],
-    decoder: VQPatchDecoder,
+    decoder: ImageDecoder,
 ) -> list[Image.Image]:
-    """Image ids -> pictures, through the model's codebook and its patch decoder.
+    """Image ids -> pictures, through the model's codebook and its decoder.
 
     Args:
         model: The Chameleon-type model the ids come from.
@@ -215,10 +215,10 @@ def decode_images(
     return [Image.fromarray(picture) for picture in array]
 
 
-def load_decoder(model: PreTrainedModel) -> VQPatchDecoder:
+def load_decoder(model: PreTrainedModel) -> ImageDecoder:
     """The image decoder beside the weights `model` was loaded from.
 
     Raises:
         FileNotFoundError: That directory ships none.
     """
-    return VQPatchDecoder.load(Path(model.config._name_or_path))
+    return ImageDecoder.load(Path(model.config._name_or_path))

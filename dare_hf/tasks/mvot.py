@@ -40,7 +40,7 @@ from dare_hf.generation.interleaved import (
     find_images,
     load_decoder,
 )
-from dare_hf.generation.vq_decoder import VQPatchDecoder
+from dare_hf.generation.vq_decoder import ImageDecoder
 from dare_hf.tasks import render
 from dare_hf.tasks.frozen_lake import FrozenLakeItem
 from dare_hf.tasks.ghost import GhostItem
@@ -175,7 +175,7 @@ def solve(
     batch_size: int = 32,
     *,
     context: Context = "append_all",
-    decoder: VQPatchDecoder | None = None,
+    decoder: ImageDecoder | None = None,
     on_batch: Callable[[BatchOutput], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
     **generate_kwargs: Any,
@@ -319,7 +319,7 @@ def _read(
     processor: ChameleonProcessor,
     item: DrawnItem,
     new: list[int],
-    decoder: VQPatchDecoder,
+    decoder: ImageDecoder,
     prompt_length: int,
 ) -> Solution:
     new = new[: _room(processor, item)]  # what follows its own limit is padding of the batch

@@ -136,5 +136,7 @@ class Prompts:
 def _opened(file: Any) -> Any:
     from PIL import Image
 
+    if isinstance(file, Image.Image):
+        return file.convert("RGB")
     with Image.open(file) as picture:
         return picture.convert("RGB")

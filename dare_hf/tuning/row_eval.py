@@ -96,7 +96,7 @@ def fingerprint(rows: Sequence[Row]) -> str:
     for row in rows:
         digest.update(repr((row.line, row.messages, row.answer, row.choices)).encode())
         for file in row.images:
-            digest.update(file.read_bytes())
+            digest.update(file.read_bytes() if isinstance(file, Path) else file.tobytes())
     return digest.hexdigest()[:16]
 
 

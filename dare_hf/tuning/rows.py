@@ -28,14 +28,14 @@ class Row:
         line: Its line in the file, from 1.
         messages: What is asked, in chat form: `{"role", "content"}`, content a list of
             `{"type": "text", "text"}` and `{"type": "image"}`; the last one is the user's.
-        images: The files of its images, in order.
+        images: The files of its images, in order; PIL images where a row is made by hand.
         answer: The right answer, None where none is given.
         choices: Answers to choose from; empty where none are given.
     """
 
     line: int
     messages: tuple[dict[str, Any], ...]
-    images: tuple[Path, ...] = ()
+    images: tuple[Any, ...] = ()
     answer: str | None = None
     choices: tuple[str, ...] = ()
 

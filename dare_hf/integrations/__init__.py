@@ -1,0 +1,1 @@
+"""Models for evaluation harnesses; none of them is a dependency."""
