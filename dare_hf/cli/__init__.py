@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dare_hf.cli import convert, on_rows
+from dare_hf.cli import convert, on_rows, results
 from dare_hf.cli.console import REFUSED, AsJson, one_line_errors, progress
 from dare_hf.errors import UnsupportedModelError
 
@@ -140,9 +140,10 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Option(help="Your own rows, one JSON object a line, and no task.")
     ] = None,
-    metric: Annotated[
-        str | None, typer.Option(help="Of --data: exact (default), choice, regex, likelihood.")
+    benchmark: Annotated[
+        str | None, typer.Option(help=f"{on_rows.BENCHMARKS}; --data is its folder.")
     ] = None,
+    metric: on_rows.MetricName = None,
     config: Annotated[
         str | None, typer.Option(help="Of --data: a preset, an adapter, a folder of `tune`.")
     ] = None,
@@ -150,7 +151,7 @@ def evaluate(
         Path | None, typer.Option(help="Of --data: a line a row; a killed run goes on behind it.")
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of --data: most tokens of an answer (64).")
+        int | None, typer.Option(min=1, help="Of --data: of an answer (64; a benchmark's own).")
     ] = None,
     load_in_4bit: Annotated[bool, typer.Option(help="Of --data: the backbone in nf4.")] = False,
     task: Annotated[
@@ -179,7 +180,7 @@ def evaluate(
 
     --data ROWS: each row is answered greedily and scored: the share right with its interval, FLOPs
     and KV bytes as shares of the same tokens' unpruned, seconds. Without --config nothing is
-    pruned.
+    pruned. With --benchmark the rows are a published benchmark's, in batches, scored as it says.
 
     Else: accuracy with its 95 % Wilson interval, answers that do not parse, FLOPs and KV bytes as
     shares of the same tokens' unpruned, what was held of text and vision when each hop began,
@@ -192,9 +193,10 @@ def evaluate(
         "--lora": lora,
         "--training-free": training_free,
         "--safe": safe,
-        "--batch-size": batch_size,
+        "--batch-size": None if benchmark else batch_size,
     }
     of_data = {
+        "--benchmark": benchmark,
         "--metric": metric,
         "--config": config,
         "--out": out,
@@ -207,7 +209,9 @@ def evaluate(
             return on_rows.evaluate(
                 model,
                 data,
-                metric or "exact",
+                metric,
+                benchmark=benchmark,
+                batch_size=batch_size,
                 config=config,
                 out=out,
                 max_new_tokens=max_new_tokens,
@@ -393,3 +397,4 @@ def train(
 app.add_typer(convert.app, name="convert")
 app.command()(on_rows.tune)
 app.command()(on_rows.check)
+app.command()(results.tables)

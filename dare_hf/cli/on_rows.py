@@ -6,7 +6,7 @@ import json
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,9 +16,17 @@ from dare_hf.errors import DareInputError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+BENCHMARKS = "vsr, vstar, embspatial, winoground, multihopspatial"
 # Options that several of them have.
 Model = Annotated[str, typer.Argument(help="Folder or hub id of a model; anole, volcano.")]
 Data = Annotated[Path, typer.Option(help="JSON lines: messages, or prompt and images.")]
+MetricName = Annotated[
+    str | None,
+    typer.Option(
+        help="Of --data: exact (default), choice, regex, likelihood; of --benchmark: generation, "
+        "likelihood."
+    ),
+]
 In4Bit = Annotated[bool, typer.Option("--load-in-4bit", help="Load the backbone in nf4.")]
 
 
@@ -142,8 +150,10 @@ def _fields(given: list[str]) -> dict[str, object]:
 def evaluate(
     model: str,
     data: Path,
-    metric: str,
+    metric: str | None,
     *,
+    benchmark: str | None,
+    batch_size: int | None,
     config: str | None,
     out: Path | None,
     max_new_tokens: int | None,
@@ -154,34 +164,57 @@ def evaluate(
     from rich.console import Console
     from rich.table import Table
 
+    from dare_hf.suites import evaluate_suite
     from dare_hf.tuning import evaluate_rows
     from dare_hf.tuning.answers import MAX_NEW_TOKENS
 
     _quiet(model)
+    more: dict[str, Any] = {"config": config, "out": out, "load_in_4bit": load_in_4bit}
     with progress() as tell:
-        found = evaluate_rows(
-            model,
-            data,
-            metric,
-            config=config,
-            out=out,
-            max_new_tokens=max_new_tokens or MAX_NEW_TOKENS,
-            load_in_4bit=load_in_4bit,
-            progress=tell,
-        )
-    lines = Table(title=f"{model} on {data}", title_justify="left", show_header=False)
+        if benchmark is None:
+            length = max_new_tokens or MAX_NEW_TOKENS
+            found = evaluate_rows(
+                model, data, metric or "exact", max_new_tokens=length, progress=tell, **more
+            )
+        else:
+            more |= {"batch_size": batch_size or 8, "max_new_tokens": max_new_tokens}
+            found = evaluate_suite(model, benchmark, data, scoring=metric, progress=tell, **more)
+    title = f"{model} on {benchmark or data}"
+    lines = Table(title=title, title_justify="left", show_header=False)
     low, high = found["accuracy_interval"]
     interval = f"(95 % interval {low:.1%} to {high:.1%})"
-    lines.add_row(f"{metric}, {found['n']} rows", f"{found['accuracy']:.1%} {interval}")
+    lines.add_row(f"{found['metric']}, {found['n']} rows", f"{found['accuracy']:.1%} {interval}")
+    for name, value in _figures(found.get("totals", {})):
+        lines.add_row(name, value)
+    if "unparsed" in found:
+        lines.add_row("answers that do not parse", f"{found['unparsed']:.1%}")
     if found["flops_ratio"] is None:
         lines.add_row("FLOPs, KV cache", "nothing is pruned")
     else:
         lines.add_row("FLOPs", f"{found['flops_ratio']['all']:.3f} of unpruned")
         lines.add_row("KV cache at the end", f"{found['kv_ratio']:.3f} of unpruned")
     lines.add_row("seconds", f"{found['seconds']:.1f}")
+    if found.get("peak_memory_bytes"):
+        lines.add_row("peak memory", f"{found['peak_memory_bytes'] / 2**30:.2f} GiB")
     Console(stderr=as_json).print(lines)
     if as_json:
         sys.stdout.write(json.dumps(found) + "\n")
+
+
+def _figures(totals: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """Name and text of each figure of a benchmark, those of groups under their group's name."""
+    for name, value in totals.items():
+        title = f"{above} {name}".strip()
+        if not isinstance(value, dict):
+            yield title, "none" if value is None else f"{value:.3f}"
+        elif "interval" not in value:
+            yield from _figures(value, title)
+        elif value["n"]:
+            low, high = value["interval"]
+            text = f"{value['accuracy']:.1%} ({low:.1%} to {high:.1%}, {value['n']} items)"
+            rest = {key: value[key] for key in value.keys() - {"n", "accuracy", "interval"}}
+            yield title, text
+            yield from _figures(rest, title)
 
 
 def refuse_given(options: Mapping[str, object], data: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
+from math import exp
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -166,14 +167,30 @@ def _normal(text: str) -> str:
 
 
 @torch.no_grad()
-def _likeliest(model: Any, prompts: Prompts, row: Row) -> tuple[str, float]:
-    texts = row.choices or (row.answer or "",)
-    ids = [prompts.ids(text) for text in texts]
-    tokens, live = filled(ids, prompts.pad_id)
-    inputs = on_device(model, prompts.encode([row] * len(texts)))
+def likelihoods(
+    model: Any, prompts: Prompts, rows: Sequence[Row]
+) -> list[tuple[list[float], list[int]]]:
+    """How likely each choice of each row is, or its answer where it has none; one generate call.
+
+    Returns:
+        Per row and choice the summed log-probability of its tokens, nats, and how many they are.
+    """
+    texts = [(row, text) for row in rows for text in row.choices or (row.answer or "",)]
+    tokens, live = filled([prompts.ids(text) for _, text in texts], prompts.pad_id)
+    inputs = on_device(model, prompts.encode([row for row, _ in texts]))
     predicted = forced(model, inputs, tokens).gather(-1, tokens[..., None])[..., 0]
-    sums = (predicted * live).sum(1)
+    sums, lengths = (predicted * live).sum(1).tolist(), live.sum(1).tolist()
+    found, first = [], 0
+    for row in rows:
+        behind = first + max(len(row.choices), 1)
+        found.append((sums[first:behind], lengths[first:behind]))
+        first = behind
+    return found
+
+
+def _likeliest(model: Any, prompts: Prompts, row: Row) -> tuple[str, float]:
+    ((sums, lengths),) = likelihoods(model, prompts, [row])
     if not row.choices:
-        return texts[0], float((sums[0] / live.sum()).exp())
-    best = texts[int(sums.argmax())]
+        return row.answer or "", exp(sums[0] / lengths[0])
+    best = row.choices[sums.index(max(sums))]
     return best, float(best == row.answer)

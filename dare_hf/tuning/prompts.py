@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from dare_hf.errors import DareInputError
@@ -138,5 +139,5 @@ def _opened(file: Any) -> Any:
 
     if isinstance(file, Image.Image):
         return file.convert("RGB")
-    with Image.open(file) as picture:
+    with Image.open(BytesIO(file.read_bytes())) as picture:
         return picture.convert("RGB")

@@ -17,6 +17,7 @@ from dare_hf.evaluation.measurement import setting as machine
 from dare_hf.tuning.answers import MAX_NEW_TOKENS, Metric, answer, checker, named_metric
 from dare_hf.tuning.journal import Journal
 from dare_hf.tuning.loading import as_used, prepare
+from dare_hf.tuning.rows import Inline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from dare_hf.tuning.prompts import Prompts
     from dare_hf.tuning.rows import Row
 
-Costs = dict[str, dict[str, int]]
+Costs = dict[str, dict[str, float]]
 
 
 def evaluate_rows(
@@ -69,25 +70,63 @@ def evaluate_rows(
     about = {
         "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
         "metric": str(metric),
-        "config": _named(config),
+        "config": named_config(config),
         "rows": fingerprint(given),
         "max_new_tokens": max_new_tokens,
     }
-    journal = Journal(out, about)
+
+    def ask(rows: Sequence[Row]) -> list[dict[str, Any]]:
+        said, score = answer(model, prompts, rows[0], metric, max_new_tokens)
+        return [{"said": said, "score": score}]
+
+    found = ask_all(
+        model, [[row] for row in given], ask, Journal(out, about), prompts, config, progress
+    )
+    return {**about, "rows": len(given)} | summary(found) | machine(model)
+
+
+def ask_all(
+    model: Any,
+    groups: Sequence[Sequence[Row]],
+    ask: Callable[[Sequence[Row]], list[dict[str, Any]]],
+    journal: Journal,
+    prompts: Prompts,
+    config: DareConfig | str | os.PathLike[str] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Ask a model about rows, group by group; a group that the journal holds whole is not asked.
+
+    Args:
+        model: A plain model, which is left as it is.
+        groups: All rows in order, those of a generate call together.
+        ask: Makes one generate call for a group; a JSON object of each row, "score" among it.
+        journal: Gets a line a row when its group is done.
+        prompts: Of the model's processor.
+        config: As `apply_dare` takes it; None leaves the model unpruned.
+        progress: Called with ("rows", rows done, rows in all).
+
+    Returns:
+        Those objects in order, with "seconds" and "costs" (None where nothing is pruned): an equal
+        part of the group's for each of its rows.
+    """
     dare = (
         nullcontext(model)
         if config is None
         else dare_applied(model, config, processor=prompts.processor)
     )
+    total, done = sum(map(len, groups)), 0
     with as_used(model), dare:
-        for done, row in enumerate(given, 1):
-            if str(done) not in journal:
-                pruned = config is not None
-                journal[str(done)] = _item(model, prompts, row, metric, max_new_tokens, pruned)
+        for group in groups:
+            keys = [str(done + place) for place in range(1, len(group) + 1)]
+            if any(key not in journal for key in keys):
+                items = _measured(model, group, ask, config is not None)
+                for key, item in zip(keys, items, strict=True):
+                    if key not in journal:
+                        journal[key] = item
+            done += len(group)
             if progress is not None:
-                progress("rows", done, len(given))
-    found = [journal[str(done)] for done in range(1, len(given) + 1)]
-    return {**about, "rows": len(given)} | _summary(found) | machine(model)
+                progress("rows", done, total)
+    return [journal[str(number)] for number in range(1, total + 1)]
 
 
 def fingerprint(rows: Sequence[Row]) -> str:
@@ -96,11 +135,11 @@ def fingerprint(rows: Sequence[Row]) -> str:
     for row in rows:
         digest.update(repr((row.line, row.messages, row.answer, row.choices)).encode())
         for file in row.images:
-            digest.update(file.read_bytes() if isinstance(file, Path) else file.tobytes())
+            digest.update(file.read_bytes() if isinstance(file, Path | Inline) else file.tobytes())
     return digest.hexdigest()[:16]
 
 
-def _named(config: DareConfig | str | os.PathLike[str] | None) -> Any:
+def named_config(config: DareConfig | str | os.PathLike[str] | None) -> Any:
     """A configuration as a journal holds it."""
     if config is None or isinstance(config, DareConfig):
         return None if config is None else config.to_dict()
@@ -110,21 +149,28 @@ def _named(config: DareConfig | str | os.PathLike[str] | None) -> Any:
     return f"{os.fspath(config)} {digest}" if files else os.fspath(config)
 
 
-def _item(
-    model: Any, prompts: Prompts, row: Row, metric: Metric, max_new_tokens: int, pruned: bool
-) -> dict[str, Any]:
+def _measured(
+    model: Any,
+    group: Sequence[Row],
+    ask: Callable[[Sequence[Row]], list[dict[str, Any]]],
+    pruned: bool,
+) -> list[dict[str, Any]]:
     start = time.perf_counter()
-    said, score = answer(model, prompts, row, metric, max_new_tokens)
-    item = {"said": said, "score": score, "seconds": time.perf_counter() - start, "costs": None}
+    items = ask(group)
+    part = {"seconds": (time.perf_counter() - start) / len(group), "costs": None}
     if pruned:
         report = last_report(model)
-        kv = {"got": report.kv_bytes, "full": report.kv_bytes_baseline}
-        flops = {p: {"got": report.flops[p], "full": report.flops_baseline[p]} for p in PHASES}
-        item["costs"] = {"kv": kv, **flops}
-    return item
+        totals = {"kv": (report.kv_bytes, report.kv_bytes_baseline)}
+        totals |= {phase: (report.flops[phase], report.flops_baseline[phase]) for phase in PHASES}
+        part["costs"] = {
+            name: {"got": got / len(group), "full": full / len(group)}
+            for name, (got, full) in totals.items()
+        }
+    return [item | part for item in items]
 
 
-def _summary(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summary(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean score with its interval, costs and seconds of what `ask_all` returned."""
     scores = [item["score"] for item in items]
     whole = all(score in (0.0, 1.0) for score in scores)
     costs = [item["costs"] for item in items if item["costs"] is not None]

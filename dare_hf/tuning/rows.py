@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from dare_hf.errors import DareInputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from PIL.Image import Image
 
 _FORM = (
     'expected {"messages": [...]} in chat form, or {"prompt", "image" or "images", "answer"?, '
@@ -21,6 +24,21 @@ _ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
+class Inline:
+    """A picture that lies in the data file itself, read as a file is.
+
+    Attributes:
+        data: The encoded picture (PNG, JPEG, ...).
+    """
+
+    data: bytes
+
+    def read_bytes(self) -> bytes:
+        """The encoded picture."""
+        return self.data
+
+
+@dataclass(frozen=True)
 class Row:
     """One question, as a user would ask it.
 
@@ -28,20 +46,23 @@ class Row:
         line: Its line in the file, from 1.
         messages: What is asked, in chat form: `{"role", "content"}`, content a list of
             `{"type": "text", "text"}` and `{"type": "image"}`; the last one is the user's.
-        images: The files of its images, in order; PIL images where a row is made by hand.
+        images: Its images in order: their files, what a data file holds of them, or, of a row made
+            by hand, PIL images.
         answer: The right answer, None where none is given.
         choices: Answers to choose from; empty where none are given.
+        place: Where it stands, as its errors say it; None says its line.
     """
 
     line: int
     messages: tuple[dict[str, Any], ...]
-    images: tuple[Any, ...] = ()
+    images: tuple[Path | Inline | Image, ...] = ()
     answer: str | None = None
     choices: tuple[str, ...] = ()
+    place: str | None = None
 
     def refused(self, reason: str) -> DareInputError:
         """The error of a row that cannot be used; `reason` says expected and got."""
-        return DareInputError(f"data: line {self.line}: {reason}")
+        return DareInputError(f"data: {self.place or f'line {self.line}'}: {reason}")
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -63,17 +84,21 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows
 
 
-def check_picture(file: Path, where: str) -> None:
-    """Refuse what is no picture; reads its beginning only."""
+def check_picture(file: Path | Inline, where: str) -> tuple[int, int]:
+    """Width and height of a picture; reads its beginning only.
+
+    Raises:
+        DareInputError: It is none.
+    """
     from PIL import Image
 
     try:
-        with Image.open(file):
-            return
+        with Image.open(BytesIO(file.data) if isinstance(file, Inline) else file) as picture:
+            return picture.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        name = "bytes that are none" if isinstance(file, Inline) else repr(str(file)[:200])
         raise DareInputError(
-            f"data: expected a picture for each path in {where}; got {str(file)[:200]!r} "
-            f"({str(error)[:200]})"
+            f"data: expected a picture for each path in {where}; got {name} ({str(error)[:200]})"
         ) from error
 
 
@@ -114,7 +139,7 @@ def _row(value: dict[str, Any], line: int, folder: Path) -> Row:
         answer = answer if said is None else said
     if choices and answer is not None and answer not in choices:
         raise bare.refused(f"answer: expected one of its choices {choices}; got {answer!r}")
-    images = tuple(_inside(name, folder, bare) for name in names)
+    images = tuple(inside(name, folder, bare) for name in names)
     return Row(line, tuple(messages), images, answer, choices)
 
 
@@ -195,8 +220,12 @@ def _message(given: Any, names: list[str], row: Row) -> dict[str, Any]:
     return {"role": role, "content": parts}
 
 
-def _inside(name: str, folder: Path, row: Row) -> Path:
-    """The file of an image path, which links do not lead out of the folder either."""
+def inside(name: str, folder: Path, row: Row) -> Path:
+    """The file of an image path, which links do not lead out of the folder either.
+
+    Raises:
+        DareInputError: It lies outside, or is no picture.
+    """
     try:
         file = (folder / name).resolve()
         leaves = Path(name).is_absolute() or not file.is_relative_to(folder)
@@ -207,5 +236,5 @@ def _inside(name: str, folder: Path, row: Row) -> Path:
             f"image: expected a path inside the file's folder, relative to it; got {name!r:.120}. "
             "Copy the images beside the rows"
         )
-    check_picture(file, f"line {row.line}")
+    check_picture(file, row.place or f"line {row.line}")
     return file
