@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _register()
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
@@ -60,6 +63,13 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# `import dare_hf` is what makes the adapters known to peft (docs/adapters.md); the names above stay
-# lazy, so that a module of this package can be imported while the package itself is.
-importlib.import_module(f"{__name__}.peft_method")
+def _register() -> None:
+    """Make the adapters known to peft, and the attention and its mask to transformers."""
+    importlib.import_module(f"{__name__}.peft_method")
+
+
+# `import dare_hf` does so (docs/adapters.md); the names above stay lazy, so that a module of this
+# package can be imported while the package itself is. Only the console script waits until a command
+# runs: its help needs neither torch nor peft, whose import takes seconds.
+if not any(PurePath(script).stem == "dare-hf" for script in sys.orig_argv[1:2]):
+    _register()

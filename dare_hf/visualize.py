@@ -1,20 +1,39 @@
-"""Draws which image patches each group of layers still holds at each hop."""
+"""Which image patches each group of layers holds at each hop: read from a cache, and drawn."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from transformers.generation.streamers import BaseStreamer
+
+from dare_hf.cache.hop_counters import counters_of
+from dare_hf.errors import INSTALL_CLI, DareStateError
+from dare_hf.report.groups import LayerGroup, layer_groups
+from dare_hf.report.page import SeenImage
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from PIL.Image import Image
+    from torch import Tensor
 
     from dare_hf.cache import DareCache
+
+__all__ = [
+    "HopWatch",
+    "LayerGroup",
+    "SeenImage",
+    "Watched",
+    "held_patches",
+    "layer_groups",
+    "plot_rates",
+    "plot_retention",
+    "seen_image",
+    "stored_columns",
+]
 
 _DIM = 0.12  # opacity of a patch that no layer of the group holds
 _FADED = np.array([170.0, 196.0, 226.0])  # what pruned patches fade to; white is a maze's floor
@@ -22,34 +41,82 @@ _LEGEND = "When each hop begins. Clear: all layers of the group hold the patch; 
 _GAP = 0.08  # between thumbnails, in thumbnails
 _INCH = 0.62  # a thumbnail's side
 _TOP = 1.9  # inches of title and images
+_SHADES = "viridis"
 
 
-@dataclass(frozen=True)
-class LayerGroup:
-    """Consecutive decoder layers that are drawn together.
+class Watched(NamedTuple):
+    """What a cache held when a hop began.
 
     Attributes:
-        name: What the picture calls them.
-        first: First layer, 0-based.
-        stop: One past the last layer.
+        hop: Number of the hop, 1 for the first after the prompt.
+        seen: Columns of the sequence then, pruned ones counted.
+        stored: Per layer the columns whose keys and values were held, int64 [stored].
     """
 
-    name: str
-    first: int
-    stop: int
-
-    @property
-    def label(self) -> str:
-        """The name with its layers: `early layers 0-3`."""
-        last = self.stop - 1
-        return f"{self.name} layers {self.first}-{last}" if last > self.first else self.name
+    hop: int
+    seen: int
+    stored: list[np.ndarray]
 
 
-def layer_groups(num_layers: int) -> tuple[LayerGroup, ...]:
-    """Early, middle and late layers, cut where the schedule "safe" cuts: ceil(L/3), ceil(2L/3)."""
-    cuts = (0, -(-num_layers // 3), -(-2 * num_layers // 3), num_layers)
-    parts = zip(("early", "middle", "late"), cuts, cuts[1:], strict=False)
-    return tuple(LayerGroup(*part) for part in parts if part[1] < part[2])
+class HopWatch(BaseStreamer):
+    """Notes what the cache of a batch of one holds when each hop begins.
+
+    Give it to generate as `streamer`, beside the cache. transformers hands over the prompt, then
+    each sampled token after the forward it came from; a hop loop hands over injected columns
+    [1, n] after their forward, which is the first of its hop.
+
+    Args:
+        cache: The cache of the run.
+
+    Attributes:
+        states: What was held, a `Watched` for each hop that began.
+    """
+
+    def __init__(self, cache: DareCache) -> None:
+        self.cache = cache
+        self.hop: int | None = None
+        self.prompted = False
+        self.states: list[Watched] = []
+
+    def put(self, value: Tensor) -> None:
+        """Receives the prompt, then one token at a time, or a block of injected ones."""
+        if not self.prompted:
+            self.prompted = True
+            return
+        # The hop whose begin the cache was last thinned for. The prompt is hop 0, and hop 1 begins
+        # with it: nothing was added between them.
+        hop = max(counters_of(self.cache).compacted[0], 1)
+        if hop != self.hop:
+            self.hop = hop
+            seen = self.cache.get_seq_length()
+            self.states.append(Watched(hop, seen, stored_columns(self.cache, 0)))
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+def seen_image(
+    image: Image,
+    caption: str,
+    columns: Sequence[int],
+    grid: tuple[int, int],
+    states: Sequence[Watched],
+) -> SeenImage:
+    """A picture with what each layer held of it at each hop, for `DareReport.to_html`.
+
+    Args:
+        image: The picture.
+        caption: What to call it.
+        columns: Its tokens' columns in the sequence, in raster order.
+        grid: Patches down and across; their product is the length of `columns`.
+        states: As `HopWatch` noted them.
+    """
+    held = {
+        state.hop: held_patches(state.stored, [columns], grid)[:, 0]
+        for state in states
+        if columns[-1] < state.seen
+    }
+    return SeenImage(image, caption, held)
 
 
 def stored_columns(cache: DareCache, row: int) -> list[np.ndarray]:
@@ -67,7 +134,9 @@ def stored_columns(cache: DareCache, row: int) -> list[np.ndarray]:
 
 
 def held_patches(
-    stored: Sequence[np.ndarray], image_columns: Sequence[range], grid: tuple[int, int] = (7, 7)
+    stored: Sequence[np.ndarray],
+    image_columns: Sequence[Sequence[int]],
+    grid: tuple[int, int] = (7, 7),
 ) -> np.ndarray:
     """Which patches of which image each layer holds.
 
@@ -106,17 +175,16 @@ def plot_retention(
         captions: A line above each image.
         hops: A name for each entry of `held`; by default they are the begins of hops 1, 2, ...
         title: A line above the figure.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
+    Raises:
+        DareStateError: matplotlib is not installed.
+    """
     groups = layer_groups(len(held[0])) if groups is None else groups
     captions = _captions(len(images)) if captions is None else captions
     hops = [f"hop {hop + 1}" for hop in range(len(held))] if hops is None else hops
     width = max(len(groups) * (len(held) * _INCH + 0.35) + 1.1, 1.15 * len(images) + 0.5, 7.0)
     below = len(images) * _INCH + 1.2
-    figure = Figure(figsize=(width, _TOP + below), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(width, _TOP + below)
     top, bottom = np.asarray(figure.subfigures(2, 1, height_ratios=[_TOP, below]))
     if title:
         figure.suptitle(title, fontsize=11)
@@ -132,6 +200,59 @@ def plot_retention(
         _draw_group(axes, group, images, held)
         axes.set_xticks(np.arange(len(held)) + 0.5, hops, fontsize=7)
     panels[0].set_yticks(np.arange(len(images)) + 0.5, _captions(len(images)), fontsize=8)
+    return figure
+
+
+def plot_rates(
+    retention: Sequence[Sequence[Mapping[str, float | None]]], title: str = ""
+) -> Figure:
+    """A panel for each modality: layers down, hops across, the share held in each cell.
+
+    Args:
+        retention: `[hop][layer][modality]` as `DareReport.retention`, at least one hop.
+        title: A line above the figure.
+
+    Raises:
+        DareStateError: matplotlib is not installed.
+    """
+    hops, layers = len(retention), len(retention[0])
+    figure = _figure(2.4 + 1.1 * hops, 1.6 + 0.28 * layers)
+    figure.suptitle(title, fontsize=10)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, name in zip(panels, ("vision", "text"), strict=True):
+        shares = np.array([[layer[name] for layer in hop] for hop in retention], dtype=float).T
+        shown = axes.imshow(shares, vmin=0, vmax=1, cmap=_SHADES, aspect="auto")
+        axes.set(title=name, xlabel="hop that begins", xticks=range(hops))
+        for (layer, hop), share in np.ndenumerate(shares):
+            if not np.isnan(share):
+                shade = "white" if share < 0.6 else "black"
+                axes.text(hop, layer, f"{share:.0%}", ha="center", va="center", fontsize=6, c=shade)
+    panels[0].set(ylabel="layer", yticks=range(layers))
+    figure.colorbar(shown, ax=panels, label="share of tokens held")
+    return figure
+
+
+def figure_and_canvas() -> tuple[type[Figure], type]:
+    """The figure of matplotlib, and the canvas that draws it without a window.
+
+    Raises:
+        DareStateError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise DareStateError(
+            f"figure: expected matplotlib, which draws it; got none ({error}). {INSTALL_CLI}"
+        ) from error
+    return Figure, FigureCanvasAgg
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure in inches."""
+    kind, canvas = figure_and_canvas()
+    figure = kind(figsize=(width, height), layout="constrained")
+    canvas(figure)
     return figure
 
 

@@ -58,6 +58,7 @@ def fake_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     processor = SimpleNamespace(image_end_token_id=7, tokenizer=tokenizer)
     monkeypatch.setattr(embedded, "load_embedded", lambda name: (None, processor))
     monkeypatch.setattr(comparison, "compare", compare)
+    monkeypatch.setattr(picture, "solve_one", lambda *rest: SimpleNamespace(images=(), title=""))
     monkeypatch.setattr(picture, "draw", lambda *rest: figure)
 
 

@@ -23,6 +23,9 @@ NOT_A_WEIGHT = [-0.1, NAN, INFINITY, -INFINITY, False, "1", None]
 NOT_A_COUNT = [0, -1, 1.0, 2.5, NAN, True, "2"]
 NOT_IDS = [(-1,), (1.0,), (True,), ("a",), 7, "7", {7}, (None,), ((1, 2),)]
 
+for own in ("a user's own", "mine"):
+    register_scorer(own, lambda hidden, modality, *, layer, hop, positions: modality * 0.0)
+
 REFUSED = {
     "vision_retention": NOT_A_RATE,
     "text_retention": NOT_A_RATE,

@@ -9,17 +9,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from dare_hf import DareCache, DareConfig
 from dare_hf.compat import CACHE, cache_of
 from dare_hf.demo import embedded
-from dare_hf.demo.rates_picture import draw_rates
 from dare_hf.errors import DareConfigError, DareStateError
 from dare_hf.evaluation import Arm, trained_arm
 from dare_hf.testing import tiny_inputs, tiny_model
+from dare_hf.visualize import HopWatch, plot_rates
 
 
 @pytest.mark.parametrize("name", ["llava", "chameleon"])
 def test_hops_are_noted_in_their_first_forward(name: str) -> None:
     from hop_runs import DELIMITER, closing
-
-    from dare_hf.demo.picture import HopWatch
 
     model = tiny_model(name)
     inputs = tiny_inputs(model)
@@ -29,10 +27,10 @@ def test_hops_are_noted_in_their_first_forward(name: str) -> None:
     armed = Arm("x", config).on(model)
     closing(armed, inputs, [{2, 6}], streamer=watch, **{CACHE: cache}, max_new_tokens=12)
     length = inputs["input_ids"].shape[1]
-    begun = [seen for seen, _ in watch.states]
+    begun = [seen for _, seen, _ in watch.states]
     # After the prompt, and when the token after each delimiter has been processed.
     assert begun == [length, length + 4, length + 8]
-    held = [sum(map(len, stored)) for _, stored in watch.states]
+    held = [sum(map(len, stored)) for _, _, stored in watch.states]
     assert held[0] < length * len(cache.stored)
 
 
@@ -108,7 +106,7 @@ def test_the_full_side_is_the_model_without_the_adapters(trained_volcano) -> Non
 
 def test_the_picture_of_rates_has_a_cell_for_each_hop_and_layer() -> None:
     layer = {"vision": 0.25, "text": None}
-    figure = draw_rates([[layer] * 3] * 2, "held")
+    figure = plot_rates([[layer] * 3] * 2, "held")
     vision, text = figure.axes[:2]
     assert vision.images[0].get_array().shape == text.images[0].get_array().shape == (3, 2)
     assert [cell.get_text() for cell in vision.texts] == ["25%"] * 6
@@ -151,11 +149,13 @@ def test_both_sides_count_the_same_when_nothing_is_pruned(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(embedded.RUNNERS))
 def test_picture_has_a_column_for_each_hop(name: str) -> None:
-    from dare_hf.demo.picture import draw
+    from dare_hf.demo.picture import draw, solve_one
 
     runner = embedded.load_runner(name)
     config = embedded.demo_config(runner.processor, name)
-    figure = draw(runner, runner.sample(8, "easy", seed=1), Arm("training-free", config))
+    items = runner.sample(8, "easy", seed=1)
+    solved = solve_one(runner, items, Arm("training-free", config))
+    figure = draw(solved.images, solved.title)
     top, bottom = figure.subfigs
     assert len(bottom.axes) == 3
     assert [axes.get_title().split()[0] for axes in bottom.axes] == ["early", "middle", "late"]

@@ -24,9 +24,9 @@ from dare_hf import (
     remove_dare,
 )
 from dare_hf.compat import CACHE, cache_of
+from dare_hf.config.scorer_names import REGISTERED
 from dare_hf.engine.attach import state_of
 from dare_hf.errors import DareConfigError, DareInputError, DareStateError
-from dare_hf.scoring.base import _REGISTERED
 from dare_hf.testing import tiny_model
 from dare_hf.training import auxiliary_loss
 
@@ -183,7 +183,7 @@ def test_a_scorer_the_other_process_does_not_know_is_named():
     register_scorer("test_travels", lambda hidden, *_, **__: hidden.sum(-1))
     with dare(tiny_model("llava"), scorer="test_travels") as model:
         data = pickle.dumps(model)
-    del _REGISTERED["test_travels"]
+    del REGISTERED["test_travels"]
     with pytest.raises(DareConfigError, match="test_travels"):
         pickle.loads(data)
 

@@ -16,7 +16,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dare_hf"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-PUBLIC_MODULES = ("dare_hf", "dare_hf.errors", "dare_hf.generation", "dare_hf.training")
+PUBLIC_MODULES = (
+    "dare_hf",
+    "dare_hf.errors",
+    "dare_hf.evaluation",
+    "dare_hf.generation",
+    "dare_hf.training",
+    "dare_hf.visualize",
+)
 
 
 def _public_names() -> list[str]:

@@ -72,7 +72,7 @@ def test_a_configuration_that_does_not_fit_is_refused_on_every_way(case):
     fields, match = REFUSED[case]
     model = tiny_model("llava")
     before = snapshot(model)
-    config = DareConfig(**{**LEARNED, **fields})
+    config = DareConfig.from_peft_type(**{**LEARNED, **fields})  # as a file brings it
     for call in (lambda: get_peft_model(model, config), lambda: add_adapter(model, config, "x")):
         with pytest.raises(DareConfigError, match=rf"(?s){match}"):
             call()

@@ -192,7 +192,9 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path):
         recipe = Recipe(
             "volcano", str(folder), task=("scene",), steps=2, batch_size=2, lora={"r": 4}, **fields
         )
-        done = train(recipe, resume=resume)
+        told = []
+        done = train(recipe, resume=resume, progress=lambda *line: told.append(line))
+        assert told == [("steps", step, 2) for step in ((2,) if resume else (1, 2))]
         state = done.model.state_dict()
         return {key: state[key] for key in state if "lora_" in key or "dare_" in key}
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from dare_hf.architectures.spec import ModelSpec
 from dare_hf.architectures.supported import REFUSED, SUPPORTED
 from dare_hf.architectures.text_models import TEXT_REFUSED, TEXT_SUPPORTED
 from dare_hf.compat import broken, check_takes_cache
-from dare_hf.errors import UnsupportedModelError
+from dare_hf.errors import UnsupportedModelError, alike
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from torch import Tensor, nn
 
 SUPPORT_PAGE = "docs/supported-models.md"
@@ -90,12 +87,6 @@ def find_spec(model_type: str | None) -> ModelSpec:
             "models it was not tested on rather than prune them wrongly"
         )
     return spec
-
-
-def alike(name: str | None, names: Iterable[str]) -> str:
-    """What a message adds about a name that is not known: those nearest to it, if any."""
-    found = get_close_matches(name or "", list(names), n=3)
-    return f" (near to it: {', '.join(found)})" if found else ""
 
 
 def locate(model: nn.Module) -> Anatomy:

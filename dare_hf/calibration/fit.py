@@ -71,6 +71,7 @@ def fit_router(
     generate_kwargs: Mapping[str, Any] | None = None,
     fit_rates: bool = True,
     details: Callable[[Calibration], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Any:
     """Give a model a router adapter fitted in closed form to what its own answers attend to.
 
@@ -101,6 +102,8 @@ def fit_router(
         fit_rates: Whether learned rates are fitted too; False leaves them, and puts mean scores at
             them.
         details: Receives what was measured.
+        progress: Called with ("observe", batches done, in all), then, where rates are fitted,
+            ("layers", measured, in all).
 
     Returns:
         A PeftModel around `model` with the adapter, or `model` where it has one already; `model`
@@ -119,7 +122,8 @@ def fit_router(
     routed = _with_adapter(model, config)
     try:
         options = dict(generate_kwargs or {})
-        found = _fit(routed, given, max_new_tokens, prompt_weight, options, fit_rates)
+        tell = progress or (lambda stage, done, total: None)
+        found = _fit(routed, given, max_new_tokens, prompt_weight, options, fit_rates, tell)
     except BaseException:
         if routed is not model:
             routed.unload()
@@ -136,12 +140,13 @@ def _fit(
     prompt_weight: float,
     generate_kwargs: dict[str, Any],
     fit_rates: bool,
+    tell: Callable[[str, int, int], None],
 ) -> Calibration:
     controller: Controller = _inner(routed)._dare.controller
     config = controller.config
     with dare_disabled(routed), torch.no_grad():
         complete = [continued(routed, b, max_new_tokens, generate_kwargs) for b in batches]
-        seen = observe(routed, controller, complete, prompt_weight)
+        seen = observe(routed, controller, complete, prompt_weight, tell)
     _write_means(controller, seen.means)
     shares, divergence, tried = seen.shares, None, {}
     if config.scorer == "router":
@@ -158,7 +163,7 @@ def _fit(
     if config.learns_rates and fit_rates and divergence is not None:
         targets = {VISION: config.vision_retention, TEXT: config.text_retention}
         fit = RateFit(divergence, controller, routers_of(controller), targets)
-        costs, rates = fit.run()
+        costs, rates = fit.run(tell)
         hop_shares = costs.weights
     if tried:
         _centre_scores(controller, fits, hop_shares)

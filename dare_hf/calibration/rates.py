@@ -116,9 +116,15 @@ class RateFit:
         self._rows = range(len(self.weights))
         self._layers = range(first, len(routers))
 
-    def run(self) -> tuple[RateCosts, list[list[tuple[float, float]]]]:
-        """Measure, and write; returns the costs and `[row][layer]` rates (vision, text)."""
-        layers = {name: self._layer_costs(kind) for kind, name in _NAMES.items()}
+    def run(
+        self, tell: Callable[[str, int, int], None]
+    ) -> tuple[RateCosts, list[list[tuple[float, float]]]]:
+        """Measure, and write; returns the costs and `[row][layer]` rates (vision, text).
+
+        Args:
+            tell: Called with ("layers", measured, in all), a layer once for each modality.
+        """
+        layers = {name: self._layer_costs(kind, tell) for kind, name in _NAMES.items()}
         profile = {
             kind: partial(spread_budget, TRIED_RATES[kind], layers[name])
             for kind, name in _NAMES.items()
@@ -145,14 +151,16 @@ class RateFit:
         layers = list(zip(self._layers, rates, strict=True))
         return {(row, layer, kind): rate for row in rows for layer, rate in layers}
 
-    def _layer_costs(self, kind: int) -> list[list[float]]:
-        costs = []
+    def _layer_costs(self, kind: int, tell: Callable[[str, int, int], None]) -> list[list[float]]:
+        costs: list[list[float]] = []
+        before, count = list(_NAMES).index(kind), len(self._layers)
         for layer in self._layers:
             alone = [
                 dict.fromkeys(((row, layer, kind) for row in self._rows), rate)
                 for rate in TRIED_RATES[kind]
             ]
             costs.append([self._cost(rates) for rates in alone])
+            tell("layers", before * count + len(costs), len(_NAMES) * count)
             logger.info("fit_router: layer %s %s costs %s", layer, _NAMES[kind], costs[-1])
         return costs
 

@@ -15,7 +15,7 @@ from dare_hf.routing.kinds import PAD, TEXT, VISION
 from dare_hf.routing.stale import mean_updates
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -48,9 +48,16 @@ class Observed:
 
 
 def observe(
-    model: Any, controller: Controller, batches: list[dict[str, Any]], prompt_weight: float
+    model: Any,
+    controller: Controller,
+    batches: list[dict[str, Any]],
+    prompt_weight: float,
+    tell: Callable[[str, int, int], None],
 ) -> Observed:
-    """Plain forwards over the complete sequences, summed up for the regressions."""
+    """Plain forwards over the complete sequences, summed up for the regressions.
+
+    `tell` is called with ("observe", done, in all) after each.
+    """
     anatomy, rules = controller.anatomy, controller.rules
     width = anatomy.text_config.hidden_size
     fits = {
@@ -63,7 +70,7 @@ def observe(
     shares = torch.zeros(len(anatomy.layers))
     measures = controller.config.mean_update is True
     updates: list[Any] = [[0.0, 0.0] for _ in anatomy.layers] if measures else []
-    for batch in batches:
+    for done, batch in enumerate(batches, 1):
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         length = batch["input_ids"].shape[1]
         real = batch["attention_mask"].bool()
@@ -82,6 +89,7 @@ def observe(
             if updates:
                 found = mean_updates(one.change, prunable, modality)
                 updates[layer] = [a + b for a, b in zip(updates[layer], found, strict=True)]
+        tell("observe", done, len(batches))
     counts = {name: max(fit[kind].count for fit in fits[OWN]) for kind, name in KINDS.items()}
     if not any(counts.values()):
         raise DareInputError(

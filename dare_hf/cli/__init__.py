@@ -6,20 +6,24 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from dare_hf.cli import convert, on_rows, results
-from dare_hf.cli.console import REFUSED, AsJson, one_line_errors, progress
+from dare_hf import __version__
+from dare_hf.cli import convert, measure, on_rows, report, results, training
+from dare_hf.cli.console import (
+    REFUSED,
+    AsJson,
+    embedded_runner,
+    one_line_errors,
+    progress,
+    told_if_interrupted,
+)
 from dare_hf.errors import UnsupportedModelError
-
-if TYPE_CHECKING:
-    from dare_hf.demo.runner import Runner
 
 app = typer.Typer(
     name="dare-hf",
-    help="Dynamic and asymmetric token routing for models of transformers.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -27,18 +31,26 @@ app = typer.Typer(
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"dare-hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit.")
+    ] = False,
+) -> None:
+    """Dynamic and asymmetric token routing for models of transformers."""
+
+
 class DemoModel(StrEnum):
     """Embedded models."""
 
     anole = "anole"
     volcano = "volcano"
-
-
-class ModelKind(StrEnum):
-    """What `conformance` runs."""
-
-    vision = "vision"
-    text = "text"
 
 
 class Split(StrEnum):
@@ -52,18 +64,6 @@ Embedded = Annotated[DemoModel, typer.Option(help="Embedded model.")]
 BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Items of a generate call; by default at most 100.")
 ]
-
-
-def _embedded(name: str) -> Runner:
-    """An embedded model, ready on one thread."""
-    import torch
-    from transformers.utils import logging
-
-    from dare_hf.demo import embedded
-
-    torch.set_num_threads(1)  # so small a model's threads would only wait for each other
-    logging.disable_progress_bar()
-    return embedded.load_runner(name)
 
 
 @app.command()
@@ -93,15 +93,19 @@ def demo(
 
     The full side is the plain model, without LoRA. The DARE side has the shipped adapter on it:
     trained routers and the LoRA that was trained with them. Everything runs offline on the CPU.
+
+    Example: dare-hf demo --model volcano --n 200
     """
     with one_line_errors():
         from rich.console import Console
 
-        from dare_hf.demo import arms, comparison, picture, rates_picture
+        from dare_hf.demo import arms, comparison, picture
         from dare_hf.evaluation import suite
+        from dare_hf.visualize import figure_and_canvas, plot_rates
 
+        figure_and_canvas()  # what is missing is told before anything runs
         console = Console(stderr=as_json)
-        runner = _embedded(model.value)
+        runner = embedded_runner(model.value)
         split = "hard" if hard else "easy"
         items = runner.sample(n, split, seed)
         arm = arms.choose_arm(
@@ -121,9 +125,10 @@ def demo(
             console.print(runner.plain_note, highlight=False)
         out.mkdir(parents=True, exist_ok=True)
         caption = f"What each layer holds: {arm.name}, mean over {n} {runner.items}"
+        solved = picture.solve_one(runner, items, arm)
         figures = {
-            picture.PICTURE: picture.draw(runner, items, arm),
-            rates_picture.PICTURE: rates_picture.draw_rates(result.retention, caption),
+            picture.PICTURE: picture.draw(solved.images, solved.title),
+            picture.RATES_PICTURE: plot_rates(result.retention, caption),
         }
         for name, figure in figures.items():
             figure.savefig(out / name, dpi=150)
@@ -186,6 +191,8 @@ def evaluate(
     shares of the same tokens' unpruned, what was held of text and vision when each hop began,
     seconds. Without --adapter, --training-free or --safe nothing is pruned. In the JSON line,
     "right" has a 1 or 0 for each item, to compare runs item by item.
+
+    Example: dare-hf eval --model anole --task ghost --split hard --adapter dare-lh --json
     """
     of_task = {
         "--task": task,
@@ -224,7 +231,7 @@ def evaluate(
         from dare_hf.evaluation import measurement, suite
         from dare_hf.evaluation.table import table
 
-        runner = _embedded(model)
+        runner = embedded_runner(model)
         chosen = suite.task_of(task, runner.folder)
         arm = arms.choose_arm(
             model,
@@ -236,7 +243,7 @@ def evaluate(
             safe=safe,
         )
         items = chosen.sample(n, split.value, seed)
-        with progress() as tell:
+        with told_if_interrupted(lambda: "nothing was saved"), progress() as tell:
             result = measurement.measure(
                 runner.model,
                 runner.processor,
@@ -277,6 +284,8 @@ def info(
 
     Reads the model's config only, and of an adapter its rates. The exit code is 0 if the model is
     supported, else 2.
+
+    Example: dare-hf info MODEL --vision 576 --text 60 --hops 4 --config safe
     """
     with one_line_errors():
         from dare_hf.expected import HopTokens, outlook_of
@@ -303,98 +312,12 @@ def info(
             raise typer.Exit(REFUSED)
 
 
-@app.command()
-def conformance(
-    only: Annotated[
-        list[str] | None, typer.Option(help="Only this model_type; may be given again.")
-    ] = None,
-    kind: Annotated[
-        ModelKind, typer.Option(help="text: language models (AutoModelForCausalLM).")
-    ] = ModelKind.vision,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
-    as_json: AsJson = False,
-) -> None:
-    """Hold every image-text-to-text architecture of transformers to the laws, or every text one.
-
-    Builds a tiny random model of each, runs it with and without DARE and compares tokens, logits,
-    stored bytes and what is left after removal. Exit code 1 if a row fails.
-    """
-    with one_line_errors():
-        from dare_hf.conformance import Kind, run_all
-
-        rows = []
-        for row in run_all(only, kind=Kind(kind.value), jobs=jobs):
-            rows.append(row)
-            line = f"{row.status:8} {row.model_type:24} {row.seconds:5.1f} s  {row.reason}"
-            typer.echo(line, err=as_json)
-        if as_json:
-            sys.stdout.write(json.dumps({"rows": [row.to_dict() for row in rows]}) + "\n")
-        else:
-            counts = {s: sum(row.status == s for row in rows) for s in ("pass", "refused", "fail")}
-            typer.echo(", ".join(f"{count} {status}" for status, count in counts.items()))
-        if any(row.status == "fail" for row in rows):
-            raise typer.Exit(1)
-
-
-@app.command()
-def bench(
-    tokens: Annotated[int, typer.Option(min=20, help="Prompt tokens, 9 in 10 vision.")] = 640,
-    pairs: Annotated[int, typer.Option(min=1, help="Interleaved pairs per series.")] = 9,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and inputs.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-) -> None:
-    """Time prefill with DARE against the unpatched model, beside the ratio of their FLOPs.
-
-    A random Llama-type text model of 109.5M parameters behind LLaVA's interface, batch 1; retention
-    0.4 vision / 0.7 text in every layer, then 1.0, with a linear scorer. Prints a table and one
-    JSON line. Random weights: speed only, no quality.
-    """
-    with one_line_errors():
-        from dare_hf.benchmark import prefill, random_llava
-
-        setting = random_llava.Setting(
-            tokens=tokens, pairs=pairs, threads=threads, seed=seed, device=device, dtype=dtype
-        )
-        result = prefill.run(setting, progress=lambda text: typer.echo(text, err=True))
-        typer.echo(prefill.text(result))
-        typer.echo(json.dumps(result))
-
-
-@app.command()
-def train(
-    config: Annotated[Path, typer.Option(help="YAML file; examples/router.yaml is one.")],
-    model: Annotated[str | None, typer.Option(help="Instead of the file's model.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Instead of the file's folder.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Instead of the file's steps.")] = None,
-    load_in_4bit: Annotated[bool, typer.Option(help="Load the backbone in nf4.")] = False,
-    resume: Annotated[bool, typer.Option(help="Go on from the folder's last checkpoint.")] = False,
-) -> None:
-    """Train routers, alone or with a LoRA, as a file says.
-
-    The adapters are saved to `dare/` and `lora/` in the output folder, with the training log.
-    In several processes: torchrun --nproc_per_node 2 -m dare_hf.cli train --config FILE
-    """
-    with one_line_errors():
-        from accelerate import PartialState
-
-        from dare_hf import recipes
-        from dare_hf.training import end_processes
-
-        folder = None if out is None else str(out)
-        quantised = True if load_in_4bit else None
-        recipe = recipes.load_recipe(
-            config, model=model, out=folder, steps=steps, load_in_4bit=quantised
-        )
-        result = recipes.train(recipe, resume=resume)
-        if PartialState().is_main_process:
-            for name, place in result.folders.items():
-                typer.echo(f"{name}: {place}")
-        end_processes()
-
-
 app.add_typer(convert.app, name="convert")
+app.command()(measure.conformance)
+app.command()(measure.bench)
+app.command()(training.train)
 app.command()(on_rows.tune)
 app.command()(on_rows.check)
+app.command()(report.report)
+app.command()(report.plot)
 app.command()(results.tables)

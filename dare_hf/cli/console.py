@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,7 +15,10 @@ from dare_hf.errors import DareError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from dare_hf.demo.runner import Runner
+
 REFUSED = 2  # exit code of everything that was refused with a reason
+INTERRUPTED = 130  # as shells have it
 
 AsJson = Annotated[
     bool, typer.Option("--json", help="One JSON line on stdout, all else on stderr.")
@@ -21,12 +27,51 @@ AsJson = Annotated[
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """A refusal is one line on stderr and exit code 2."""
+    """A refusal is one line on stderr and exit code 2; every command runs in it."""
+    importlib.import_module("dare_hf.peft_method")  # which the console script has put off
     try:
         yield
     except DareError as error:
         typer.echo(f"dare-hf: {error}", err=True)
         raise typer.Exit(REFUSED) from error
+
+
+def embedded_runner(name: str) -> Runner:
+    """An embedded model, ready on one thread."""
+    import torch
+    from transformers.utils import logging
+
+    from dare_hf.demo import embedded
+
+    torch.set_num_threads(1)  # so small a model's threads would only wait for each other
+    logging.disable_progress_bar()
+    return embedded.load_runner(name)
+
+
+def show_no_bars(model: str) -> None:
+    """No bars of transformers; one thread for so small a model as the embedded ones."""
+    import torch
+    from transformers.utils import logging
+
+    from dare_hf.tuning.loading import EMBEDDED
+
+    logging.disable_progress_bar()
+    if Path(model).name in {*EMBEDDED, *EMBEDDED.values()}:
+        torch.set_num_threads(1)
+
+
+@contextmanager
+def told_if_interrupted(saved: Callable[[], str]) -> Iterator[None]:
+    """An interrupt is one line on stderr, which says what was saved, and exit code 130.
+
+    Args:
+        saved: Says it.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        typer.echo(f"dare-hf: interrupted; {saved()}", err=True)
+        raise typer.Exit(INTERRUPTED) from error
 
 
 @contextmanager
@@ -44,7 +89,10 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 
     columns = (TextColumn("{task.description:5}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, *times, console=Console(stderr=True)) as bars:
+    # rich sends prints above its bar, to stderr: right on a terminal, wrong for a pipe of stdout.
+    shared = sys.stdout.isatty()
+    stderr = Console(stderr=True)
+    with Progress(*columns, *times, console=stderr, redirect_stdout=shared) as bars:
         tasks: dict[str, object] = {}
 
         def tell(side: str, done: int, total: int) -> None:

@@ -27,6 +27,8 @@ def volcano(
     """VolCano (luoruipu1/Volcano-7b, of VoCoT) as a LLaVA.
 
     One file of weights is in memory at a time, and no code of the folder runs.
+
+    Example: dare-hf convert volcano Volcano-7b volcano-llava
     """
     with one_line_errors():
         from dare_hf.convert import convert_volcano
@@ -46,6 +48,8 @@ def anole(
     """Anole (leloy/Anole-7b-v0.1-hf) with its image decoder beside it, so that it can draw.
 
     One file of weights is in memory at a time, and no code of the folder runs.
+
+    Example: dare-hf convert anole Anole-7b-v0.1-hf anole --decoder vqgan.ckpt
     """
     with one_line_errors():
         from dare_hf.convert import convert_anole

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dare_hf.cli.console import AsJson, one_line_errors, progress
+from dare_hf.cli.console import (
+    AsJson,
+    one_line_errors,
+    progress,
+    show_no_bars,
+    told_if_interrupted,
+)
 from dare_hf.errors import DareInputError
 
 if TYPE_CHECKING:
@@ -43,11 +49,13 @@ def check(
 
     Agreement: the share of next tokens predicted as by the unpruned model, along each row's answer,
     or along the unpruned model's own of at most 32 tokens.
+
+    Example: dare-hf check MODEL --config safe --data rows.jsonl --floor 0.98
     """
     with one_line_errors():
         from dare_hf.tuning import check as check_rows
 
-        _quiet(model)
+        show_no_bars(model)
         with progress() as tell:
             found = check_rows(
                 model,
@@ -98,12 +106,14 @@ def tune(
     Half of the rows fit a router and steer the search, the other half decide. A run that was killed
     goes on where it was. The drop is points of task score where rows have answers, else
     100 x (1 - agreement); its 95 % interval is the promise.
+
+    Example: dare-hf tune MODEL --data rows.jsonl --out tuned --target kv=0.5
     """
     with one_line_errors():
         from dare_hf.tuning import tune as tune_rows
 
-        _quiet(model)
-        with _errors_only(), progress() as tell:
+        show_no_bars(model)
+        with told_if_interrupted(lambda: _kept(out)), _errors_only(), progress() as tell:
             found = tune_rows(
                 model,
                 data,
@@ -168,9 +178,9 @@ def evaluate(
     from dare_hf.tuning import evaluate_rows
     from dare_hf.tuning.answers import MAX_NEW_TOKENS
 
-    _quiet(model)
+    show_no_bars(model)
     more: dict[str, Any] = {"config": config, "out": out, "load_in_4bit": load_in_4bit}
-    with progress() as tell:
+    with told_if_interrupted(lambda: _kept(out)), progress() as tell:
         if benchmark is None:
             length = max_new_tokens or MAX_NEW_TOKENS
             found = evaluate_rows(
@@ -229,6 +239,15 @@ def refuse_given(options: Mapping[str, object], data: bool) -> None:
         raise DareInputError(f"{', '.join(given)}: expected {other} only")
 
 
+def _kept(out: Path | None) -> str:
+    """What is left of a run that was interrupted."""
+    if out is None:
+        return "nothing was saved. With --out a run goes on where it was"
+    if not out.exists():
+        return f"nothing was saved: {out} had not been begun"
+    return f"what was measured so far is in {out}: the same command goes on from there"
+
+
 @contextmanager
 def _errors_only() -> Iterator[None]:
     """No warnings: what configurations on trial warn of is in the table."""
@@ -240,15 +259,3 @@ def _errors_only() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
-
-
-def _quiet(model: str) -> None:
-    """No bars of transformers; one thread for so small a model as the embedded ones."""
-    import torch
-    from transformers.utils import logging
-
-    from dare_hf.tuning.loading import EMBEDDED
-
-    logging.disable_progress_bar()
-    if Path(model).name in {*EMBEDDED, *EMBEDDED.values()}:
-        torch.set_num_threads(1)

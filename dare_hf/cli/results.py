@@ -17,6 +17,8 @@ def tables(
     """Make the page of tables from files of results: accuracy, costs, paired differences.
 
     Each line of the files holds one run, item by item; the page says the schema.
+
+    Example: dare-hf tables docs/results --out docs/results-tables.md
     """
     with one_line_errors():
         from dare_hf.evaluation.results import results_page

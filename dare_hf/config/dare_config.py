@@ -30,7 +30,8 @@ from dare_hf.config.fields import (
 )
 from dare_hf.config.json_file import read_object
 from dare_hf.config.model_card import write_card
-from dare_hf.errors import DareConfigError
+from dare_hf.config.scorer_names import FromFile
+from dare_hf.errors import DareConfigError, alike
 from dare_hf.policies import POLICIES
 
 # What these fields are where nobody names them: under the schedule "safe", and under any other.
@@ -131,7 +132,8 @@ class DareConfig(PeftConfig):
             ``pruned="drop"`` and ``scorer="text_raters"``.
         scorer: "attention", "router" (needs a trained adapter), "random", "key_norm", "position",
             "recent", those of baselines ("last_query", "own_attention", "text_raters", "diverse")
-            or a name given to register_scorer.
+            or a name given to register_scorer before. A file may give one that is registered later;
+            it is refused when the configuration is applied.
         hop_delimiters: what ends a hop of generated tokens: token ids >= 0, sequences of them, or
             strings (where a processor is given).
         hop_aware: rates per hop (True) or one row of rates for all hops.
@@ -316,7 +318,8 @@ class DareConfig(PeftConfig):
         """
         if name not in PRESETS:
             known = ", ".join(repr(preset) for preset in sorted(PRESETS))
-            raise DareConfigError(f"preset must be one of {known}, got {name!r}.")
+            near = alike(name, PRESETS) if isinstance(name, str) else ""
+            raise DareConfigError(f"preset must be one of {known}, got {name!r}{near}.")
         return cls(**(PRESETS[name] | overrides))
 
     @classmethod
@@ -345,4 +348,6 @@ class DareConfig(PeftConfig):
                 f"{shown(', '.join(unknown))}. "
                 "It was written by a newer dare_hf or peft: upgrade, or remove them from the file."
             )
+        if isinstance(kwargs.get("scorer"), str):
+            kwargs["scorer"] = FromFile(kwargs["scorer"])
         return cls(**(_BEFORE | kwargs))

@@ -18,6 +18,7 @@ from dare_hf.config.checks import (
     refuse,
     text,
 )
+from dare_hf.config.scorer_names import scorer_name
 
 
 class DarePeftType(str, Enum):  # noqa: UP042 - as peft's own PeftType, whose str() it copies
@@ -168,7 +169,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "pruned": choice(Pruned),
     "mean_update": _mean_update,
     "recycle": flag,
-    "scorer": text("the name of a scorer"),
+    "scorer": scorer_name,
     "hop_delimiters": _delimiters,
     "hop_aware": flag,
     "max_hops": integer("an integer >= 1", 1, MOST_HOPS),

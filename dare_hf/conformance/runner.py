@@ -14,10 +14,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from dare_hf.architectures.locate import alike, find_spec
+from dare_hf.architectures.locate import find_spec
 from dare_hf.conformance.laws import CHECKS, LawBroken
 from dare_hf.conformance.subject import Subject
-from dare_hf.errors import DareInputError, UnsupportedModelError
+from dare_hf.errors import DareInputError, UnsupportedModelError, alike
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

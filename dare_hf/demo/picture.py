@@ -1,63 +1,47 @@
-"""The demo's picture: an item, its thoughts, and what the cache holds of them at each hop."""
+"""One item solved with DARE: the report, and its pictures with what the cache held of them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from transformers.generation.streamers import BaseStreamer
+import numpy as np
 
-from dare_hf import DareCache
-from dare_hf.cache.hop_counters import counters_of
+from dare_hf import DareCache, last_report
 from dare_hf.compat import CACHE
-from dare_hf.visualize import held_patches, plot_retention, stored_columns
+from dare_hf.visualize import HopWatch, SeenImage, plot_retention, seen_image
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     from matplotlib.figure import Figure
-    from torch import Tensor
 
     from dare_hf.demo.runner import Runner
     from dare_hf.evaluation.arm import Arm
+    from dare_hf.report import DareReport
 
-PICTURE = "retention.png"
+PICTURE, RATES_PICTURE = "retention.png", "retention_by_hop.png"
 
 
-class HopWatch(BaseStreamer):
-    """Notes what the cache of a batch of one holds when each hop begins.
+@dataclass(frozen=True)
+class Solved:
+    """An item as DARE solved it.
 
-    transformers hands over the prompt, then each sampled token after the forward it came from; a
-    hop loop hands over injected columns [1, n] after their forward, which is the first of its hop.
-
-    Args:
-        cache: The cache of the run.
+    Attributes:
+        title: What was solved, and how it ended.
+        text: What the model said.
+        report: Of the generate call.
+        images: The question's picture, then each visual thought.
     """
 
-    def __init__(self, cache: DareCache) -> None:
-        self.cache = cache
-        self.hop: int | None = None
-        self.prompted = False
-        self.states: list[tuple[int, list[np.ndarray]]] = []
-
-    def put(self, value: Tensor) -> None:
-        """Receives the prompt, then one token at a time, or a block of injected ones."""
-        if not self.prompted:
-            self.prompted = True
-            return
-        # The hop whose begin the cache was last thinned for. The prompt is hop 0, and hop 1 begins
-        # with it: nothing was added between them.
-        hop = max(counters_of(self.cache).compacted[0], 1)
-        if hop != self.hop:
-            self.hop = hop
-            self.states.append((self.cache.get_seq_length(), stored_columns(self.cache, 0)))
-
-    def end(self) -> None:
-        """Nothing is held back."""
+    title: str
+    text: str
+    report: DareReport
+    images: tuple[SeenImage, ...]
 
 
-def draw(runner: Runner, items: Sequence[Any], arm: Arm) -> Figure:
-    """Solves one of the items with DARE and draws what the cache held at each hop.
+def solve_one(runner: Runner, items: Sequence[Any], arm: Arm) -> Solved:
+    """Solve one of the items with DARE and note what the cache held at each hop.
 
     Args:
         runner: An embedded model without DARE; it stays so.
@@ -67,18 +51,36 @@ def draw(runner: Runner, items: Sequence[Any], arm: Arm) -> Figure:
     item = runner.picture(items)
     cache, batches = DareCache(), []
     watch = HopWatch(cache)
-    solution = runner.with_arm(arm).solve(
-        [item], on_batch=batches.append, streamer=watch, **{CACHE: cache}
-    )[0]
+    armed = runner.with_arm(arm)
+    options = {"on_batch": batches.append, "streamer": watch, CACHE: cache}
+    solution = armed.solve([item], **options)[0]
     ids = [*batches[0].inputs["input_ids"][0].tolist(), *solution.ids]
-    columns = runner.image_columns(ids)
-    held = [
-        held_patches(stored, [span for span in columns if span.stop <= seen], runner.grid)
-        for seen, stored in watch.states
-    ]
-    captions, images = zip(*runner.thoughts(item, solution), strict=True)
+    # A thought for which no tokens were left is no image of the sequence.
+    thoughts = zip(runner.thoughts(item, solution), runner.image_columns(ids), strict=False)
+    images = tuple(
+        seen_image(image, caption, columns, runner.grid, watch.states)
+        for (caption, image), columns in thoughts
+    )
     verdict = f"answers {solution.answer}, right is {item.answer}"
     title = (
         f"One of the held-out {runner.items}, solved with DARE: {verdict}{runner.question(item)}"
     )
-    return plot_retention(images, held, captions=captions, title=title)
+    return Solved(title, solution.text, last_report(armed.model), images)
+
+
+def draw(images: Sequence[SeenImage], title: str) -> Figure:
+    """What each group of layers held of the pictures at each hop.
+
+    Args:
+        images: In the order they came, of equal grids.
+        title: A line above the figure.
+    """
+    hops = sorted({hop for seen in images for hop in seen.held})
+    held = [np.stack([s.held[hop] for s in images if hop in s.held], axis=1) for hop in hops]
+    return plot_retention(
+        [seen.image for seen in images],
+        held,
+        captions=[seen.caption for seen in images],
+        hops=[f"hop {hop}" for hop in hops],
+        title=title,
+    )

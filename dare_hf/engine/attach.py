@@ -142,6 +142,7 @@ def attach(target: Any, controller: Controller, undo: UndoRecord, owner: Owner) 
         undo.set(module, "_dare_forward", current(module, "forward"))
         undo.put(module, "forward", watched_forward)
     undo.put(target, "generate", routed_generate)
+    undo.put(target, "extra_repr", _shown)
     undo.put(target, "init_continuous_batching", refuse_continuous_batching)
     for index, layer in enumerate(anatomy.layers):
         layer_state = LayerState(
@@ -158,6 +159,23 @@ def attach(target: Any, controller: Controller, undo: UndoRecord, owner: Owner) 
         undo.set(attention_of(layer), "_dare", layer_state)
         undo.put(layer, "forward", routed_forward)
     return state
+
+
+def _shown(model: Any) -> str:
+    """What `print(model)` says first: that DARE is on, and how it prunes."""
+    kind = type(model)
+    own, config = kind.extra_repr(model), vars(model)["_dare"].controller.config
+    schedule = config.schedule if isinstance(config.schedule, str) else "by layer"
+    rates = (
+        ""
+        if schedule == "by layer"
+        else (
+            f", vision_retention={config.vision_retention:.3g}, "
+            f"text_retention={config.text_retention:.3g}"
+        )
+    )
+    told = f"DARE is on: schedule={schedule!r}{rates}, scorer={config.scorer!r}"
+    return f"{own}\n{told}" if own else told
 
 
 def watch_attention(state: ModelState, settings: Settings) -> None:

@@ -12,7 +12,7 @@ import torch
 from dare_hf.errors import DareInputError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -68,6 +68,36 @@ def feature_grids(prompt: HopPrompt, token: int) -> list[list[Tensor]]:
         [vectors.reshape(*size[1:], -1) for vectors, size in zip(*pair, strict=True)]
         for pair in zip(rows, sizes, strict=True)
     ]
+
+
+def picture_grids(
+    config: Any, inputs: Mapping[str, Any], pictures: int, tokens: int
+) -> list[tuple[int, int]] | None:
+    """Patches down and across of each picture of one prompt, from what its processor made.
+
+    Args:
+        config: The model's.
+        inputs: The processor's outputs.
+        pictures: How many there are.
+        tokens: Vision tokens of all of them.
+
+    Returns:
+        None where nothing tells how the tokens lie: tiles, resamplers, several frames.
+    """
+    for kind in GRIDS.get(config.model_type, ()):
+        given = inputs.get(kind)
+        if given is not None:
+            sizes = [_told(config, [int(n) for n in size]) for size in given.tolist()]
+        elif kind == SQUARE and pictures and tokens % pictures == 0:
+            pixels = inputs["pixel_values"]
+            square = pixels.shape[-1] == pixels.shape[-2]
+            sizes = [_square(tokens // pictures) if square else (0, 0, 0)] * pictures
+        else:
+            continue
+        whole = len(sizes) == pictures and sum(map(math.prod, sizes)) == tokens
+        if whole and all(size[0] == 1 for size in sizes):
+            return [size[1:] for size in sizes]
+    return None
 
 
 def check_grid(config: Any) -> None:

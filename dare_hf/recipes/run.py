@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from dare_hf.api import apply_dare, remove_dare
@@ -30,6 +36,8 @@ from dare_hf.training.checkpoints import save_adapters
 from dare_hf.training.quantized import keep_gradients_right, quantization_config
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dare_hf.recipes.recipe import Recipe
 
 DARE, LORA = "dare", "lora"
@@ -52,7 +60,22 @@ class TrainingResult:
     log: list[dict[str, Any]]
 
 
-def train(recipe: Recipe, resume: bool = False) -> TrainingResult:
+class _Told(TrainerCallback):
+    """Tells how many steps are done."""
+
+    def __init__(self, tell: Callable[[str, int, int], None]) -> None:
+        self.tell = tell
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self.tell("steps", state.global_step, state.max_steps)
+
+
+def train(
+    recipe: Recipe,
+    resume: bool = False,
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> TrainingResult:
     """Train routers, alone or with a LoRA, as a recipe says.
 
     Under torchrun or `accelerate launch` each process takes `batch_size` rows a step; the first
@@ -62,6 +85,7 @@ def train(recipe: Recipe, resume: bool = False) -> TrainingResult:
         recipe: The run.
         resume: Go on from the last checkpoint in the recipe's folder, to where the whole run would
             have ended; `save_every` writes them.
+        progress: Called with ("steps", done, in all), and before with what `fit_router` tells.
 
     Returns:
         The model and where its adapters were saved: `apply_dare(model, out + "/dare")` loads the
@@ -85,11 +109,12 @@ def train(recipe: Recipe, resume: bool = False) -> TrainingResult:
         data_collator=collate,
         router_lr=recipe.router_lr,
         rate_lr=recipe.rate_lr,
+        callbacks=None if progress is None else [_Told(progress)],
     )
     draws = model.config.model_type == "chameleon"
     with allow_image_tokens(model) if draws else nullcontext():
         if not resume and model._dare.controller.routers is not None:
-            _start(model, recipe, rows, collate)
+            _start(model, recipe, rows, collate, progress)
         trainer.train(resume_from_checkpoint=checkpoint)
     log = trainer.state.log_history
     folders = _save(model, recipe, out, write=trainer.is_world_process_zero())
@@ -99,8 +124,13 @@ def train(recipe: Recipe, resume: bool = False) -> TrainingResult:
     return TrainingResult(model.eval(), processor, folders, log)
 
 
+def last_checkpoint(folder: str) -> str | None:
+    """The newest checkpoint in a recipe's folder; None without one."""
+    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
+
+
 def _last_checkpoint(recipe: Recipe) -> str:
-    found = get_last_checkpoint(recipe.out) if Path(recipe.out).is_dir() else None
+    found = last_checkpoint(recipe.out)
     if found is None:
         raise DareStateError(
             f"resume: expected a checkpoint in {recipe.out!r}; got none. Run without it, and with "
@@ -144,7 +174,7 @@ def _attach(model: Any, recipe: Recipe, delimiters: tuple[int, ...]) -> None:
         apply_dare(model, config)
 
 
-def _start(model: Any, recipe: Recipe, rows: Any, collate: Any) -> None:
+def _start(model: Any, recipe: Recipe, rows: Any, collate: Any, progress: Any) -> None:
     """Where fresh routers and rates begin: equal rates, a fit to the first rows, as asked for."""
     controller, most = model._dare.controller, math.log(1 / recipe.rate_margin - 1)
     config = controller.config
@@ -154,19 +184,19 @@ def _start(model: Any, recipe: Recipe, rows: Any, collate: Any) -> None:
             for router in controller.routers:
                 router.rate_logits.copy_(targets.clamp(-most, most).expand_as(router.rate_logits))
     if recipe.calibrate:
-        _calibrate(model, recipe, rows, collate)
+        _calibrate(model, recipe, rows, collate, progress)
         with torch.no_grad():
             for router in controller.routers:
                 router.rate_logits.clamp_(-most, most)
 
 
-def _calibrate(model: Any, recipe: Recipe, rows: Any, collate: Any) -> None:
+def _calibrate(model: Any, recipe: Recipe, rows: Any, collate: Any, progress: Any) -> None:
     """Fit the fresh routers to the first rows."""
     picked = [rows[index] for index in range(min(recipe.calibrate, len(rows)))]
     size = recipe.batch_size
     batches = [collate(picked[k : k + size]) for k in range(0, len(picked), size)]
     batches = [{n: t.to(model.device) for n, t in batch.items()} for batch in batches]
-    fit_router(model, batches, fit_rates=not recipe.equal_rates)
+    fit_router(model, batches, fit_rates=not recipe.equal_rates, progress=progress)
 
 
 def _lora_defaults(model: Any) -> dict[str, Any]:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dare_hf.report.page import SeenImage
 
 Phase = Literal["prefill", "decode"]
 MODALITIES = ("text", "vision")  # index = modality id
@@ -13,7 +18,7 @@ def _phases() -> dict[str, int]:
     return {"prefill": 0, "decode": 0}
 
 
-@dataclass
+@dataclass(repr=False)
 class DareReport:
     """Plain numbers of one generate or forward, rows summed; holds no tensors.
 
@@ -51,12 +56,37 @@ class DareReport:
         """All fields as plain JSON values."""
         return asdict(self)
 
+    def to_html(
+        self,
+        *,
+        answer: str | None = None,
+        images: Sequence[SeenImage] = (),
+        title: str = "One generate with DARE",
+    ) -> str:
+        """This report as one HTML file without scripts, which needs no network.
+
+        Args:
+            answer: What the model said; any text, it is escaped.
+            images: The run's pictures and what each layer held of them, as
+                `dare_hf.visualize.SeenImage`.
+            title: The line on top.
+
+        Raises:
+            DareInputError: What is held of a picture is not [layers, down, across].
+        """
+        from dare_hf.report.page import report_page
+
+        return report_page(self, answer=answer, images=images, title=title)
+
+    def __repr__(self) -> str:
+        rows = {name: ratio(got, full) for name, got, full, _ in cost_rows(self)}
+        return (
+            f"<DareReport: {self.hops} hop{'s' * (self.hops != 1)}, {self.seconds:.2f} s, FLOPs "
+            f"{rows['in all']} and KV cache {rows['KV cache']} of unpruned; print() for all>"
+        )
+
     def __str__(self) -> str:
-        total, baseline = sum(self.flops.values()), sum(self.flops_baseline.values())
-        rows = [("prefill", self.flops["prefill"], self.flops_baseline["prefill"], "FLOP")]
-        rows += [("decode", self.flops["decode"], self.flops_baseline["decode"], "FLOP")]
-        rows += [("in all", total, baseline, "FLOP")]
-        rows += [("KV cache", self.kv_bytes, self.kv_bytes_baseline, "B")]
+        rows = cost_rows(self)
         lines = [f"DareReport: {self.hops} hop{'s' * (self.hops != 1)}, {self.seconds:.2f} s"]
         lines += [f"{'':10}{'with DARE':>14}{'unpruned':>14}{'ratio':>8}"]
         lines += [
@@ -82,7 +112,24 @@ class DareReport:
                 mean, least, most = sum(known) / len(known), min(known), max(known)
                 held.append(f"{mean:.2f} of {modality} (layers {least:.2f} to {most:.2f})")
         when = "after the prompt" if hop == 0 else "at its begin"
+        if same_as_prompt(self, hop):
+            held = ["as after the prompt"]
         return f"hop {hop}: {' + '.join(new)} tokens; held {when}: {', '.join(held) or '-'}"
+
+
+def cost_rows(report: DareReport) -> list[tuple[str, int, int, str]]:
+    """Name, amount with DARE, amount unpruned and unit of each line of a report's table."""
+    flops, full = report.flops, report.flops_baseline
+    return [
+        *((phase, flops[phase], full[phase], "FLOP") for phase in ("prefill", "decode")),
+        ("in all", sum(flops.values()), sum(full.values()), "FLOP"),
+        ("KV cache", report.kv_bytes, report.kv_bytes_baseline, "B"),
+    ]
+
+
+def same_as_prompt(report: DareReport, hop: int) -> bool:
+    """Whether it is hop 1 and begins, as it mostly does, with what was held after the prompt."""
+    return hop == 1 and report.retention[1] == report.retention[0]
 
 
 def ratio(got: float, full: float) -> str:

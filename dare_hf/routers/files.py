@@ -13,7 +13,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from dare_hf.config import DareConfig
-from dare_hf.errors import AdapterMismatchError, DareConfigError
+from dare_hf.config.dare_config import PRESETS
+from dare_hf.errors import AdapterMismatchError, DareConfigError, alike
 from dare_hf.routers.holder import NAME
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ def _nothing(source: str, error: Exception) -> DareConfigError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return DareConfigError(
         "config: expected a DareConfig, or a folder or hub id with adapter_config.json and "
-        f"{SAFETENSORS_WEIGHTS_NAME}; got {source!r}: {reason}"
+        f"{SAFETENSORS_WEIGHTS_NAME}, or a preset's name; got {source!r}{alike(source, PRESETS)}: "
+        f"{reason}"
     )
 
 

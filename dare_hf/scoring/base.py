@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from dare_hf.config.scorer_names import BUILT_IN, REGISTERED, unknown_scorer
 from dare_hf.errors import DareConfigError, DareInputError
 from dare_hf.scoring.attended import AttendedScorer
 from dare_hf.scoring.attention import AttentionScorer
@@ -25,20 +26,6 @@ if TYPE_CHECKING:
     from dare_hf.forward.facts import ForwardContext
 
     ScoreFunction = Callable[..., Tensor]
-
-_REGISTERED: dict[str, ScoreFunction] = {}
-BUILT_IN = (
-    "attention",
-    "random",
-    "key_norm",
-    "position",
-    "recent",
-    "router",
-    "last_query",
-    "text_raters",
-    "own_attention",
-    "diverse",
-)
 
 
 class Scorer(Protocol):
@@ -88,7 +75,7 @@ def register_scorer(name: str, fn: ScoreFunction) -> None:
         )
     if not callable(fn):
         raise DareConfigError(f"register_scorer: expected a function; got {type(fn).__name__}")
-    _REGISTERED[name] = fn
+    REGISTERED[name] = fn
 
 
 def make_scorer(config: DareConfig, key_path: tuple[str | None, str]) -> Scorer:
@@ -124,10 +111,9 @@ def make_scorer(config: DareConfig, key_path: tuple[str | None, str]) -> Scorer:
 
 
 def _registered(name: str) -> FunctionScorer:
-    if name in _REGISTERED:
-        return FunctionScorer(name, _REGISTERED[name])
-    known = ", ".join((*BUILT_IN, *sorted(_REGISTERED)))
-    raise DareConfigError(f"scorer: expected one of {known}; got {name!r}")
+    if name in REGISTERED:
+        return FunctionScorer(name, REGISTERED[name])
+    raise unknown_scorer("scorer", name)
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,8 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-_STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-    "table{border-collapse:collapse;font-size:14px}td,th{padding:.2rem .7rem;text-align:right;"
-    "border-bottom:1px solid #ccc}td:first-child,th:first-child{text-align:left}"
-    ".held td{font-weight:600}svg{background:#fafafa;border:1px solid #ccc}"
-)
+from dare_hf.report.frame import page_frame, pairs, plain
+
 _COLUMNS = (
     ("family", "{}"),
     ("share", "{}"),
@@ -31,14 +27,14 @@ def card(found: dict[str, Any]) -> str:
     lines += ["# DARE, tuned on one user's rows", "", found["reason"], ""]
     if found["chosen"] is not None:
         lines += [found["promise"]["text"], ""]
-        lines += [f"- {name}: {_plain(value)}" for name, value in found["chosen"].items()]
+        lines += [f"- {name}: {plain(value)}" for name, value in found["chosen"].items()]
         lines += ["", "```python", "from dare_hf import apply_dare", ""]
         lines += ['model = apply_dare(model, "this folder")', "```", ""]
     lines += ["## How it was found", ""]
-    lines += [f"- {name}: {_plain(value)}" for name, value in found["about"].items()]
+    lines += [f"- {name}: {plain(value)}" for name, value in found["about"].items()]
     if found["machine"] is not None:
         lines += ["", "## On the machine it was found on", ""]
-        lines += [f"- {name}: {_plain(value)}" for name, value in found["machine"].items()]
+        lines += [f"- {name}: {plain(value)}" for name, value in found["machine"].items()]
     lines += ["", "All that was measured: report.html, tune.json.", ""]
     return "\n".join(lines)
 
@@ -48,32 +44,13 @@ def page(found: dict[str, Any]) -> str:
     promise = found["promise"]["text"] if found["promise"] is not None else "Nothing is promised."
     body = [f"<p><b>{escape(promise)}</b></p>", f"<p>{escape(found['reason'])}</p>"]
     if found["chosen"] is not None:
-        body.append(_pairs(found["chosen"]))
+        body.append(pairs(found["chosen"]))
     body += ["<h2>Drop over cost</h2>", _plot(found["table"], found["chosen"])]
     if found["machine"] is not None:
-        body += ["<h2>On this machine</h2>", _pairs(found["machine"])]
+        body += ["<h2>On this machine</h2>", pairs(found["machine"])]
     body += ["<h2>All that was measured</h2>", _table(found["table"])]
-    body += ["<h2>How</h2>", _pairs(found["about"])]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>DARE: does it pay?'
-        f"</title><style>{_STYLE}</style></head><body><h1>Does it pay on these rows?</h1>"
-        f"{''.join(body)}</body></html>\n"
-    )
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return " to ".join(map(_plain, value))
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_plain(one)}" for name, one in value.items()) or "none"
-    return str(value)
-
-
-def _pairs(values: dict[str, Any]) -> str:
-    rows = (f"<tr><td>{escape(k)}</td><td>{escape(_plain(v))}</td></tr>" for k, v in values.items())
-    return f"<table>{''.join(rows)}</table>"
+    body += ["<h2>How</h2>", pairs(found["about"])]
+    return page_frame("DARE: does it pay?", "Does it pay on these rows?", "".join(body))
 
 
 def _table(table: list[dict[str, Any]]) -> str:
@@ -84,7 +61,7 @@ def _table(table: list[dict[str, Any]]) -> str:
         low, high = line["interval"]
         kind = "held" if line["share"] == "held-out" else "fit"
         rows.append(f'<tr class="{kind}">{cells}<td>{low:.1f} to {high:.1f}</td></tr>')
-    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+    return f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
 def _plot(table: list[dict[str, Any]], chosen: dict[str, Any] | None) -> str:
@@ -98,10 +75,10 @@ def _plot(table: list[dict[str, Any]], chosen: dict[str, Any] | None) -> str:
         held = line["share"] == "held-out"
         mine = held and chosen is not None and line["drop"] == chosen["drop"]
         mine = mine and line["flops_ratio"] == chosen["flops_ratio"]
-        fill = "#c00" if mine else "#06c" if held else "#999"
+        fill = "var(--mark)" if mine else "var(--fill)" if held else "#999"
         label = f"{line['family']}: cost {cost:.2f}, drop {line['drop']:.1f} ({line['share']})"
         dots.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{6 if mine else 4}" fill="{fill}">'
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{6 if mine else 4}" style="fill:{fill}">'
             f"<title>{escape(label)}</title></circle>"
         )
     words = (
@@ -109,6 +86,7 @@ def _plot(table: list[dict[str, Any]], chosen: dict[str, Any] | None) -> str:
         f'1.1</text><text x="8" y="20">drop, 0 to {most:.1f} points</text>'
     )
     return (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" font-size="13">{"".join(dots)}'
+        '<svg class="panel" role="img" aria-label="Drop over cost" '
+        f'viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" font-size="13">{"".join(dots)}'
         f"{words}</svg><p>Grey: fit share. Blue: held out. Red: chosen.</p>"
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dare_hf.errors import DareInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from PIL.Image import Image
 
@@ -43,7 +43,7 @@ class Row:
     """One question, as a user would ask it.
 
     Attributes:
-        line: Its line in the file, from 1.
+        line: Its line in the file, from 1; 0 of one that is in no file.
         messages: What is asked, in chat form: `{"role", "content"}`, content a list of
             `{"type": "text", "text"}` and `{"type": "image"}`; the last one is the user's.
         images: Its images in order: their files, what a data file holds of them, or, of a row made
@@ -62,7 +62,9 @@ class Row:
 
     def refused(self, reason: str) -> DareInputError:
         """The error of a row that cannot be used; `reason` says expected and got."""
-        return DareInputError(f"data: {self.place or f'line {self.line}'}: {reason}")
+        where = self.place or f"line {self.line}"
+        where = f"data: {where}" if self.place or self.line else "prompt"
+        return DareInputError(f"{where}: {reason}")
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -82,6 +84,18 @@ def read_rows(path: str | Path) -> list[Row]:
     if not rows:
         raise DareInputError(f"data: expected at least one row; got none in {path}")
     return rows
+
+
+def asked(prompt: str, images: Sequence[str | Path]) -> Row:
+    """A row of one question, with image paths as the caller has them.
+
+    Raises:
+        DareInputError: An image is none.
+    """
+    for image in images:
+        check_picture(Path(image), "image")
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
+    return Row(0, ({"role": "user", "content": content},), tuple(map(Path, images)))
 
 
 def check_picture(file: Path | Inline, where: str) -> tuple[int, int]:
