@@ -13,6 +13,7 @@ import pytest
 
 from dare_hf.config import DareConfig
 from dare_hf.errors import DareConfigError, DareError
+from dare_hf.scoring.base import register_scorer
 
 NAN = float("nan")
 INFINITY = float("inf")
