@@ -14,8 +14,14 @@ from test_train_parity import hold_steps
 
 from dare_hf import DareConfig, apply_dare, last_report
 from dare_hf.cache.hop_counters import counters_of
+from dare_hf.calibration import fit_router, fit_thresholds
 from dare_hf.compat import cache_of
-from dare_hf.errors import AdapterMismatchError, DareConfigError
+from dare_hf.errors import (
+    AdapterMismatchError,
+    DareConfigError,
+    DareInputError,
+    DareStateError,
+)
 from dare_hf.hops.compaction import stored_counts
 from dare_hf.testing import (
     OracleRouting,
@@ -230,7 +236,6 @@ def test_quantiles():
 
 
 def test_fitted_thresholds_skip_about_what_the_rates_say():
-    from dare_hf.calibration import fit_router
 
     model = tiny_model("llava")
     batches = [inputs_of(model, (1,), seed=seed) for seed in range(4)]
@@ -273,3 +278,35 @@ def test_files_and_refusals(tmp_path):
     for fields in ({"pruned": "drop"}, {"plan_every": 2}, {"hop_score": "observed"}):
         with pytest.raises(DareConfigError, match=r"decode: .*bypass"), skipping("llava", **fields):
             pass
+
+
+def test_thresholds_of_an_adapter_that_has_none(tmp_path):
+    with routed(trainee("llava")) as model:
+        batches = [inputs_of(model.get_base_model(), (1,), seed=seed) for seed in range(3)]
+        before = {k: v.clone() for k, v in model.state_dict().items() if "dare_router" in k}
+        generate(model, batches[0], max_new_tokens=16)
+        assert not last_report(model).skipped_layers
+        fit_thresholds(model, batches, max_new_tokens=16, generate_kwargs={"do_sample": False})
+        wanted = generate(model, batches[0], max_new_tokens=16)
+        assert sum(last_report(model).skipped_layers) > 5
+        after = model.state_dict()
+        assert all(torch.equal(after[k], v) for k, v in before.items())
+        assert model.peft_config["default"].decode == "routed"
+        model.save_pretrained(tmp_path)
+    base = tiny_model("llava")
+    apply_dare(base, str(tmp_path))
+    assert torch.equal(generate(base, batches[0], max_new_tokens=16).sequences, wanted.sequences)
+    with pytest.raises(DareStateError, match="peft"):
+        fit_thresholds(base, batches)
+
+
+def test_thresholds_that_cannot_be_fitted_leave_the_adapter():
+    with routed(trainee("llava"), pruned="drop") as model:
+        inputs = inputs_of(model.get_base_model(), (1,))
+        first = generate(model, inputs, max_new_tokens=8)
+        with pytest.raises(DareConfigError, match="bypass"):
+            fit_thresholds(model, [inputs])
+        with pytest.raises(DareInputError, match="batches"):
+            fit_thresholds(model, [])
+        assert model.peft_config["default"].decode == "full"
+        assert torch.equal(generate(model, inputs, max_new_tokens=8).sequences, first.sequences)

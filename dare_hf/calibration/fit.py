@@ -15,6 +15,7 @@ from dare_hf.calibration.budgets import measure_cut_layer
 from dare_hf.calibration.continuation import continued
 from dare_hf.calibration.rates import Divergence, RateCosts, RateFit
 from dare_hf.calibration.samples import KINDS, OWN, observe, routers_of
+from dare_hf.calibration.thresholds import follow_scores
 from dare_hf.config import DareConfig
 from dare_hf.errors import DareConfigError, DareInputError, DareStateError
 from dare_hf.routing.kinds import TEXT, VISION
@@ -168,7 +169,7 @@ def _fit(
     if tried:
         _centre_scores(controller, fits, hop_shares)
     if config.decode == "routed":
-        _fit_thresholds(routed, controller, complete)
+        follow_scores(routed, controller, complete)
     return Calibration(explained, shares, cut, costs, rates, seen.counts, tried)
 
 
@@ -246,22 +247,6 @@ def _write_routers(
                 router.bias[kind] = bias.to(router.bias)
         explained.append((found[TEXT], found[VISION]))
     return explained
-
-
-@torch.no_grad()
-def _fit_thresholds(model: Any, controller: Controller, batches: list[dict[str, Any]]) -> None:
-    """Put the thresholds of routed decode where the scores of sampled tokens have their rates.
-
-    Each forward is the training's, with the tokens skipped below a layer that its thresholds say,
-    so that a layer's scores are those it will see; the mean over the batches' quantiles, and a
-    second time from there.
-    """
-    try:
-        for done in range(2 * len(batches)):
-            controller.threshold_step = 1 / (done % len(batches) + 1)
-            model(**batches[done % len(batches)])
-    finally:
-        controller.threshold_step = None
 
 
 def _warn_unseen(fits: list[dict[int, CrossFitted]]) -> None:
