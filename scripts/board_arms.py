@@ -22,16 +22,14 @@ from transformers.trainer_utils import get_last_checkpoint
 from dare_hf import DareConfig
 from dare_hf.evaluation import Arm, measure, trained_arm
 from dare_hf.evaluation.measurement import setting
-from dare_hf.evaluation.suite import Task
+from dare_hf.evaluation.suite import TASKS
 from dare_hf.recipes import Recipe, train
 from dare_hf.tasks import board, board_run
 
 VISION, TEXT = 0.4, 0.7
 LORA = {"r": 2, "lora_alpha": 4}
 STEPS, BATCH, SAVE_EVERY = 600, 16, 20
-TASK = Task(
-    "board", "dare-board", board.sample, board_run.solve, board_run.score, lambda _: (), None
-)
+TASK = TASKS["board"]
 UNTRAINED = {
     "plain": None,
     "default": DareConfig(vision_retention=VISION, text_retention=TEXT, scorer="attention"),
@@ -88,12 +86,7 @@ def run_evaluation(args: argparse.Namespace, folder: Path) -> None:
         arm = Arm(args.arm, fields and DareConfig(**fields), lora=folder / "lora")
     items = board.sample(args.n, args.split)
     found = measure(model, processor, TASK, arm, items, batch_size=args.batch).to_dict()
-    right = [one == "1" for one in found["right"]]
-    kinds = {
-        kind: round(sum(right[k :: len(board.KINDS)]) / len(right[k :: len(board.KINDS)]), 4)
-        for k, kind in enumerate(board.KINDS)
-    }
-    entry = {"arm": args.arm, "seed": args.seed, "split": args.split, "kinds": kinds}
+    entry = {"arm": args.arm, "seed": args.seed, "split": args.split}
     line = json.dumps({**entry, **found, **setting(model)})
     print(line, flush=True)
     with (args.out / "arms.jsonl").open("a") as file:

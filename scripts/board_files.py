@@ -21,9 +21,9 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from dare_hf.assets.board import IMAGE, with_image_token
 from dare_hf.tasks import board_render
 
-RENAMED, IMAGE = "<gh_stars>", "<image>"
 END = "<|im_end|>"
 SIDES = (12, 24)
 TOWER = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
@@ -38,10 +38,10 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(backbone: Path) -> PreTrainedTokenizerFast:
-    """The text model's tokenizer with `<image>` in the place of RENAMED."""
+    """The text model's tokenizer with `<image>` in it."""
     text = (backbone / "tokenizer.json").read_text(encoding="utf-8")
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(text.replace(f'"{RENAMED}"', f'"{IMAGE}"')),
+        tokenizer_object=Tokenizer.from_str(with_image_token(text)),
         bos_token="<|im_start|>",
         eos_token=END,
         pad_token=END,

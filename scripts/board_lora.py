@@ -114,17 +114,6 @@ def load(learned: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> None:
             weight.copy_(weights[name])
 
 
-def merge(model: LlavaForConditionalGeneration, out: Path) -> None:
-    """Adds the trained LoRA to the weights of a plain model."""
-    weights = torch.load(out / "lora.pt")["lora"]
-    with torch.no_grad():
-        for name, down in weights.items():
-            place, inside, _ = name.partition(".lora_A.")
-            if inside:
-                up = weights[name.replace(".lora_A.", ".lora_B.")]
-                model.get_parameter(f"{place}.weight").add_(SCALING * up @ down)
-
-
 def logits_of(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, rows: Rows, blank: bool = False
 ) -> tuple[Tensor, Tensor]:

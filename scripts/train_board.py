@@ -4,21 +4,26 @@
     python scripts/pretrained_files.py runs/smollm2
     python scripts/train_board.py --backbone runs/smollm2 --out runs/board    # resumes by itself
 
-Stage 1 writes tower.pt, stage 2 lora.pt, both log.jsonl, and the stage `export` model/: the text
-model with the LoRA in its weights, and the processor. Everything is drawn from seeds. What comes
-after it, pruning, is scripts/board_arms.py's.
+Stage 1 writes tower.pt, stage 2 lora.pt, both log.jsonl. The stage `ship` writes what the package
+ships (--assets dare_hf/assets/dare-board) and the model made of it, model/: the text model with the
+LoRA in its weights, and the processor. Everything is drawn from seeds. What comes after it,
+pruning, is scripts/board_arms.py's.
 """
 
 import argparse
 import json
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
 import board_tower
 import torch
 from board_files import SIDES, build_model, build_processor
-from board_lora import Plan, evaluate, merge, train_lora
-from transformers import LlavaForConditionalGeneration
+from board_lora import Plan, evaluate, train_lora
+from board_ship import ship
+from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
+
+from dare_hf.assets.board import compose
 
 
 def main() -> None:
@@ -27,9 +32,10 @@ def main() -> None:
     parser.add_argument("--backbone", type=Path, required=True, help="of pretrained_files.py")
     parser.add_argument("--out", type=Path, required=True, help="checkpoints and log.jsonl")
     parser.add_argument(
-        "--stage", choices=["tower", "lora", "evaluate", "export", "all"], default="all"
+        "--stage", choices=["tower", "lora", "evaluate", "ship", "all"], default="all"
     )
     parser.add_argument("--side", type=int, choices=SIDES, default=SIDES[0])
+    parser.add_argument("--assets", type=Path, help="of stage ship; by default dare-board in out")
     parser.add_argument("--tower_steps", type=int, default=300)
     parser.add_argument("--n", type=int, default=1000, help="held-out boards (stage evaluate)")
     parser.add_argument("--threads", type=int, default=1)
@@ -67,11 +73,13 @@ def main() -> None:
         train_lora(model, processor, plan, args.out, log)
     elif args.stage == "evaluate":
         log({"stage": 2, **evaluate(model, processor, args.out, args.n)})
-    if args.stage in ("export", "all"):
-        trained = with_tower(args)
-        merge(trained, args.out)
-        trained.save_pretrained(args.out / "model")
-        processor.save_pretrained(args.out / "model")
+    if args.stage in ("ship", "all"):
+        assets = args.assets or args.out / "dare-board"
+        ship(with_tower(args), processor, torch.load(args.out / "lora.pt")["lora"], assets)
+        shutil.rmtree(args.out / "model", ignore_errors=True)
+        text_model = AutoModelForCausalLM.from_pretrained(args.backbone, dtype=torch.float32)
+        tokenizer = (args.backbone / "tokenizer.json").read_text(encoding="utf-8")
+        compose(assets, text_model, tokenizer, args.out / "model")
 
 
 def with_tower(args: argparse.Namespace) -> LlavaForConditionalGeneration:

@@ -5,17 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM
+from board_stand_in import SCRIPTS, SIDE, write_backbone
 
 from dare_hf.errors import DareInputError
 from dare_hf.evaluation import Arm, measure, trained_arm
 from dare_hf.recipes import Recipe, train
 from dare_hf.tasks import board, board_run, teaching
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<gh_stars>"]
-SIDE = 12
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,35 +25,7 @@ def scripts() -> Any:
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as scripts/pretrained_files.py writes it: a random text model of three layers."""
-    folder = tmp_path_factory.mktemp("backbone")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    texts = [
-        f" {i.question} {i.response}\nassistant user Answer: nothing" for i in board.sample(99)
-    ]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=400,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return write_backbone(tmp_path_factory.mktemp("backbone"))
 
 
 @pytest.fixture(scope="module")
@@ -155,29 +122,6 @@ def test_training_goes_on_where_it_was_killed(
     assert [entry["boards"] for entry in entries] == [3, 4]
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert any(whole[name].any() for name in whole if ".lora_B." in name)
-
-
-@torch.no_grad()
-def test_a_merged_lora_says_what_the_lora_says(
-    model: Any, backbone: Path, processor: Any, tmp_path: Path
-) -> None:
-    import board_files
-    import board_lora
-
-    learned = board_lora.attach(model)
-    drawn = {name: 0.2 * torch.randn_like(p) for name, p in learned.items()}
-    board_lora.load(learned, drawn)
-    torch.save({"lora": {name: w.float() for name, w in drawn.items()}}, tmp_path / "lora.pt")
-    merged = board_files.build_model(backbone, SIDE, seed=0)
-    for weight in merged.model.language_model.parameters():
-        weight.copy_(weight.bfloat16())
-    rows = board_lora.pack(processor, SIDE, [board.sample_board("train", 0, 0, 2)])
-    plain, _ = board_lora.logits_of(merged, processor, rows)
-    board_lora.merge(merged, tmp_path)
-    found, _ = board_lora.logits_of(merged, processor, rows)
-    wanted, _ = board_lora.logits_of(model.float(), processor, rows)
-    assert not torch.allclose(plain, wanted, atol=0.1)
-    torch.testing.assert_close(found, wanted, atol=2e-3, rtol=2e-3)
 
 
 class Parrot:

@@ -33,12 +33,23 @@ def _run(*arguments: str) -> object:
 
 def _comparison(n: int) -> object:
     from dare_hf.demo.comparison import Comparison, Side
+    from dare_hf.evaluation.phases import Watch
     from dare_hf.tasks.mvot import Score
 
     score = Score(n, 0.96, (0.9, 0.99), 0.0, 0.98, 3 * n)
     return Comparison(
-        Side(score, 10**10, 2_000_000, 500, 2.0, 0.98),
-        Side(score, 4 * 10**9, 10**6, 500, 1.0, 0.98),
+        Side(
+            score, 10**10, 2_000_000, 500, 2.0, 0.98, Watch({"prefill": 1.5, "decode": 0.4}, 10**8)
+        ),
+        Side(
+            score,
+            4 * 10**9,
+            10**6,
+            500,
+            1.0,
+            0.98,
+            Watch({"prefill": 0.3, "decode": 0.4}, 4 * 10**7),
+        ),
         [[{"vision": 0.4, "text": 0.7}]],
     )
 
@@ -96,6 +107,7 @@ def test_demo_prints_a_table_with_ratios(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     lines = done.stdout.splitlines()
     ratios = {"accuracy ": "1.00", "GFLOPs": "0.40", "KV cache": "0.50", "seconds": "0.50"}
+    ratios |= {"of prefill": "0.20", "of decode": "1.00", "peak memory": "0.40"}
     for name, ratio in ratios.items():
         assert any(name in line and ratio in line for line in lines), done.stdout
     assert "hard split" in done.stdout

@@ -7,12 +7,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dare_hf import DareCache, DareConfig
+from dare_hf.assets import board
 from dare_hf.compat import CACHE, cache_of
 from dare_hf.demo import embedded
 from dare_hf.errors import DareConfigError, DareStateError
 from dare_hf.evaluation import Arm, trained_arm
 from dare_hf.testing import tiny_inputs, tiny_model
 from dare_hf.visualize import HopWatch, plot_rates
+
+EMBEDDED = [name for name, kind in embedded.RUNNERS.items() if kind.folder != board.NAME]
+"""Those that the package holds whole; tests/test_board_demo.py has the other."""
 
 
 @pytest.mark.parametrize("name", ["llava", "chameleon"])
@@ -75,10 +79,10 @@ def test_the_plain_sides_cost_is_what_transformers_runs() -> None:
 def test_unknown_and_missing_models_are_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
-    with pytest.raises(DareConfigError, match=r"expected anole or volcano, got 'x'$"):
+    with pytest.raises(DareConfigError, match=r"expected anole, volcano, board, got 'x'$"):
         embedded.load_embedded("x")
     monkeypatch.setattr(embedded, "ASSETS", tmp_path)
-    for name in embedded.RUNNERS:
+    for name in EMBEDDED:
         with pytest.raises(DareStateError, match="reinstall"):
             embedded.load_embedded(name)
 
@@ -114,7 +118,7 @@ def test_the_picture_of_rates_has_a_cell_for_each_hop_and_layer() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(embedded.RUNNERS))
+@pytest.mark.parametrize("name", EMBEDDED)
 def test_both_sides_count_the_same_when_nothing_is_pruned(name: str) -> None:
     from dare_hf.demo.comparison import compare
 
@@ -147,7 +151,7 @@ def test_both_sides_count_the_same_when_nothing_is_pruned(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(embedded.RUNNERS))
+@pytest.mark.parametrize("name", EMBEDDED)
 def test_picture_has_a_column_for_each_hop(name: str) -> None:
     from dare_hf.demo.picture import draw, solve_one
 

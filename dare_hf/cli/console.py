@@ -37,13 +37,14 @@ def one_line_errors() -> Iterator[None]:
 
 
 def embedded_runner(name: str) -> Runner:
-    """An embedded model, ready on one thread."""
+    """An embedded model, ready on as many threads as it is worth."""
     import torch
     from transformers.utils import logging
 
     from dare_hf.demo import embedded
 
-    torch.set_num_threads(1)  # so small a model's threads would only wait for each other
+    if threads := embedded.runner_type(name).threads:
+        torch.set_num_threads(threads)
     logging.disable_progress_bar()
     return embedded.load_runner(name)
 

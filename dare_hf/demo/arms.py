@@ -17,6 +17,18 @@ if TYPE_CHECKING:
 DEFAULT_ADAPTER = "dare-lh"
 
 
+def demo_arm(model: str, processor: Any, ends: Sequence[int], **options: Any) -> Arm:
+    """As `choose_arm`; where no option is given the shipped adapter.
+
+    A model that has its own way without training and no adapter yet is pruned in that way.
+    """
+    kind = runner_type(model)
+    if not any(options.values()):
+        shipped = kind.training_free is None or DEFAULT_ADAPTER in adapter_names(kind.folder)
+        options = {"adapter": DEFAULT_ADAPTER} if shipped else {"training_free": True}
+    return choose_arm(model, processor, ends, **options)
+
+
 def choose_arm(
     model: str,
     processor: Any,
@@ -53,7 +65,7 @@ def choose_arm(
     if not given:
         return Arm("full" if tuned is None else "full with LoRA", lora=tuned)
     config = safe_config(processor, model) if safe else demo_config(processor, model)
-    config = replace(config, hop_delimiters=(ends[0],))
+    config = replace(config, hop_delimiters=tuple(ends[:1]))
     return Arm("safe" if safe else "training-free", config, lora=tuned)
 
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dare_hf.demo.cost import ReportedCost
-from dare_hf.evaluation.measurement import default_batch_size
+from dare_hf.evaluation.costs import PHASES
+from dare_hf.evaluation.measurement import default_batch_size, kinds_of
+from dare_hf.evaluation.phases import watched
 from dare_hf.report.report import amount, ratio
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from dare_hf.demo.runner import Runner
     from dare_hf.evaluation.arm import Arm
     from dare_hf.evaluation.costs import Retention
+    from dare_hf.evaluation.phases import Watch
 
 _WARM_UP_ITEMS = 2
 
@@ -34,6 +37,7 @@ class Side:
         sampled: Tokens sampled, pads fed to rows that had ended among them.
         seconds: Wall-clock time, from building the inputs to reading the answers.
         detail: What the runner scores beside answers, in [0, 1].
+        watch: Seconds by phase and the most memory held.
     """
 
     score: Any
@@ -42,6 +46,7 @@ class Side:
     sampled: int
     seconds: float
     detail: float
+    watch: Watch
 
 
 @dataclass(frozen=True)
@@ -89,10 +94,10 @@ def compare(
         runner: An embedded model without DARE; it stays as it is.
         items: At least one.
         arm: Of the DARE side; it prunes.
-        batch_size: Rows of a generate call; None: `default_batch_size`.
+        batch_size: Rows of a generate call; None: the runner's, or `default_batch_size`.
         progress: Called with ("full" or "DARE", items done, items in all).
     """
-    size = batch_size or default_batch_size(len(items))
+    size = batch_size or runner.batch_size or default_batch_size(len(items))
     full = _Run(runner, items, size, progress).side(
         "full", runner.plain_cost(runner.sampled_columns)
     )
@@ -116,14 +121,15 @@ class _Run:
         tell = None if progress is None else lambda done, total: progress(name, done, total)
         if tell is not None:
             tell(0, len(self.items))
-        start = time.perf_counter()
-        solutions = self.runner.solve(
-            self.items, batch_size=self.batch_size, on_batch=cost, progress=tell
-        )
-        seconds = time.perf_counter() - start
+        with watched(self.runner.model) as watch:
+            start = time.perf_counter()
+            solutions = self.runner.solve(
+                self.items, batch_size=self.batch_size, on_batch=cost, progress=tell
+            )
+            seconds = time.perf_counter() - start
         score = self.runner.score(solutions)
         detail = self.runner.detail_share(score)
-        return Side(score, cost.flops, cost.kv_bytes, cost.sampled, seconds, detail)
+        return Side(score, cost.flops, cost.kv_bytes, cost.sampled, seconds, detail, watch)
 
 
 def table(result: Comparison, title: str, detail: str) -> Table:
@@ -137,6 +143,8 @@ def table(result: Comparison, title: str, detail: str) -> Table:
     lines.add_row("accuracy", *_percent(full.score.accuracy, dare.score.accuracy))
     spans = (f"{low:.0%} to {high:.0%}" for low, high in _intervals(result))
     lines.add_row("  95 % interval", *spans, "")
+    for kind, share in kinds_of(full.score).items():
+        lines.add_row(f"  {kind}", *_percent(share, kinds_of(dare.score)[kind]))
     lines.add_row(detail, *_percent(full.detail, dare.detail))
     lengths = (full.sampled, dare.sampled)
     lines.add_row("tokens sampled", *map(str, lengths), ratio(lengths[1], lengths[0]))
@@ -146,6 +154,13 @@ def table(result: Comparison, title: str, detail: str) -> Table:
     lines.add_row("KV cache at the end", *stored, ratio(dare.kv_bytes, full.kv_bytes))
     seconds = (f"{side.seconds:.1f}" for side in (full, dare))
     lines.add_row("seconds", *seconds, ratio(dare.seconds, full.seconds))
+    for phase in PHASES:
+        spent = [side.watch.seconds[phase] for side in (full, dare)]
+        lines.add_row(f"  of {phase}", *(f"{s:.1f}" for s in spent), ratio(spent[1], spent[0]))
+    peaks = [side.watch.peak_bytes for side in (full, dare)]
+    if peaks[0] is not None and peaks[1] is not None:
+        held = (amount(peak, "B") for peak in peaks if peak is not None)
+        lines.add_row("peak memory of the run", *held, ratio(peaks[1], peaks[0]))
     return lines
 
 

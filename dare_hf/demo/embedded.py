@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dare_hf import DareConfig
+from dare_hf.assets import board, model_path
 from dare_hf.demo.anole import Anole
+from dare_hf.demo.board import Board
 from dare_hf.demo.volcano import Volcano
 from dare_hf.errors import DareConfigError, DareStateError
 
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
     from dare_hf.demo.runner import Runner
 
 ASSETS = Path(__file__).parents[1] / "assets"
-RUNNERS: dict[str, type[Runner]] = {"anole": Anole, "volcano": Volcano}
+RUNNERS: dict[str, type[Runner]] = {"anole": Anole, "volcano": Volcano, "board": Board}
 
 
 def runner_type(name: str) -> type[Runner]:
@@ -25,7 +28,7 @@ def runner_type(name: str) -> type[Runner]:
         DareConfigError: There is no such model.
     """
     if name not in RUNNERS:
-        raise DareConfigError(f"model: expected {' or '.join(RUNNERS)}, got {name!r}")
+        raise DareConfigError(f"model: expected {', '.join(RUNNERS)}, got {name!r}")
     return RUNNERS[name]
 
 
@@ -34,11 +37,13 @@ def load_embedded(name: str) -> tuple[Any, Any]:
 
     Raises:
         DareConfigError: There is no such model.
-        DareStateError: The installation lacks its files.
+        DareStateError: The installation lacks its files, or what they are made of (`model_path`).
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     folder = ASSETS / runner_type(name).folder
+    if folder.name == board.NAME:
+        folder = model_path(board.NAME)
     if not (folder / "config.json").exists():
         raise DareStateError(
             f"expected the embedded model {folder.name} in the installed package, got no files "
@@ -55,19 +60,21 @@ def load_runner(name: str) -> Runner:
 
 def safe_config(processor: Any, name: str = "anole") -> DareConfig:
     """The preset "safe", what a model nobody has measured gets, with the model's hops."""
-    return DareConfig.preset("safe", hop_delimiters=(runner_type(name).delimiter(processor),))
+    return DareConfig.preset("safe", hop_delimiters=runner_type(name).delimiters(processor))
 
 
 def demo_config(processor: Any, name: str = "anole") -> DareConfig:
-    """The rates shipped beside a model, with the model's hops.
+    """A model's own way of being pruned without training, with its hops.
 
-    They were found by pruning one layer at a time on training items
+    Rates shipped beside it were found by pruning one layer at a time on training items
     (scripts/ablate_layers.py), not by training: tokens are scored by attention.
     """
     kind = runner_type(name)
+    if kind.training_free is not None:
+        return replace(kind.training_free, hop_delimiters=kind.delimiters(processor))
     rates = json.loads((ASSETS / kind.folder / "dare_schedule.json").read_text(encoding="utf-8"))
     return DareConfig(
         schedule=tuple(zip(rates["vision"], rates["text"], strict=True)),
         uniform_share=rates["uniform_share"],
-        hop_delimiters=(kind.delimiter(processor),),
+        hop_delimiters=kind.delimiters(processor),
     )

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
+    from dare_hf import DareConfig
     from dare_hf.demo.cost import Cost
     from dare_hf.evaluation.arm import Arm
     from dare_hf.tasks.mvot import BatchOutput
@@ -33,6 +34,12 @@ class Runner(ABC):
     """What is scored beside answers."""
     plain_note: ClassVar[str] = ""
     """What has to be said about the side without DARE."""
+    threads: ClassVar[int | None] = 1
+    """Of the CPU, since threads of a small model wait for each other; None: torch's choice."""
+    batch_size: ClassVar[int | None] = None
+    """Rows of a generate call; None: `default_batch_size`."""
+    training_free: ClassVar[DareConfig | None] = None
+    """How it is pruned without training; None: by the rates shipped beside it."""
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor = model, processor
@@ -43,8 +50,14 @@ class Runner(ABC):
 
     @staticmethod
     @abstractmethod
-    def delimiter(processor: Any) -> int:
-        """The id that ends a hop."""
+    def delimiter(processor: Any) -> int | None:
+        """The id that ends a hop, where there are hops."""
+
+    @classmethod
+    def delimiters(cls, processor: Any) -> tuple[int, ...]:
+        """That id, or none: the `hop_delimiters` of a configuration."""
+        end = cls.delimiter(processor)
+        return () if end is None else (end,)
 
     @staticmethod
     @abstractmethod

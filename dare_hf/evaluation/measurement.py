@@ -11,12 +11,14 @@ import transformers
 
 import dare_hf
 from dare_hf.evaluation.costs import ReportTotals, by_hop
+from dare_hf.evaluation.phases import watched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from dare_hf.evaluation.arm import Arm
     from dare_hf.evaluation.costs import Retention
+    from dare_hf.evaluation.phases import Watch
     from dare_hf.evaluation.suite import Task
 
 _WARM_UP_ITEMS = 2
@@ -38,6 +40,8 @@ class Measurement:
         kv_ratio: KV bytes at the end of each generate call, likewise.
         retention: `[hop][layer][modality]` share held when a hop begins; None likewise.
         seconds: Wall-clock time, from building the inputs to reading the answers.
+        watch: Seconds of forwards by phase and the most memory held.
+        kinds: Share answered right of each kind of item; None where there are no kinds.
         right: Which items were answered right, in order.
     """
 
@@ -50,6 +54,8 @@ class Measurement:
     kv_ratio: float | None
     retention: Retention | None
     seconds: float
+    watch: Watch
+    kinds: dict[str, float] | None
     right: tuple[bool, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,6 +70,9 @@ class Measurement:
             "kv_ratio": self.kv_ratio,
             "retention": None if self.retention is None else by_hop(self.retention),
             "seconds": self.seconds,
+            "phase_seconds": self.watch.seconds,
+            "peak_bytes": self.watch.peak_bytes,
+            "kinds": self.kinds,
             "right": "".join(str(int(one)) for one in self.right),
         }
 
@@ -77,6 +86,7 @@ def measure(
     *,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    **options: Any,
 ) -> Measurement:
     """Solve the items with an arm on a copy of the model.
 
@@ -88,6 +98,7 @@ def measure(
         items: At least one, of the task.
         batch_size: Rows of a generate call; None: `default_batch_size`.
         progress: Called with (items done, items in all).
+        options: Further arguments of the task's `solve`.
 
     Raises:
         DareError: The arm does not fit the model, or there are no items; the text says which.
@@ -96,9 +107,12 @@ def measure(
     size = batch_size or default_batch_size(len(items))
     totals = None if arm.config is None else ReportTotals(armed)
     task.solve(armed, processor, items[:_WARM_UP_ITEMS])
-    start = time.perf_counter()
-    solutions = task.solve(armed, processor, items, size, on_batch=totals, progress=progress)
-    seconds = time.perf_counter() - start
+    with watched(armed) as watch:
+        start = time.perf_counter()
+        solutions = task.solve(
+            armed, processor, items, size, on_batch=totals, progress=progress, **options
+        )
+        seconds = time.perf_counter() - start
     score = task.score(solutions)
     return Measurement(
         n=len(solutions),
@@ -110,6 +124,8 @@ def measure(
         kv_ratio=None if totals is None else totals.kv_ratio,
         retention=None if totals is None else totals.retention,
         seconds=seconds,
+        watch=watch,
+        kinds=kinds_of(score) or None,
         right=tuple(solution.correct for solution in solutions),
     )
 
@@ -124,6 +140,11 @@ def setting(model: Any) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "dare_hf": dare_hf.__version__,
     }
+
+
+def kinds_of(score: Any) -> dict[str, float]:
+    """Share answered right of each kind of item; empty where a task has no kinds."""
+    return getattr(score, "kinds", {})
 
 
 def default_batch_size(n: int) -> int:

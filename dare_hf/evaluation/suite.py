@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dare_hf.assets.board import NAME as BOARD
 from dare_hf.errors import DareInputError
-from dare_hf.tasks import frozen_lake, ghost, ghost_run, maze, mvot, scene, vocot
+from dare_hf.tasks import (
+    board,
+    board_run,
+    frozen_lake,
+    ghost,
+    ghost_run,
+    maze,
+    mvot,
+    scene,
+    vocot,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 
 @dataclass(frozen=True)
@@ -23,8 +34,9 @@ class Task:
         solve: (model, processor, items, batch_size, on_batch=, progress=) -> solutions.
         score: Solutions -> totals with `accuracy`, `accuracy_interval`, `unparsed`.
         ends: Processor -> the ids of which one has to end hops here; the first does where nothing
-            else is said.
+            else is said; `no_end` where there are no hops.
         detail: The field of the score that says how good thoughts are; None where none are scored.
+        controls: What is shown instead of the items' pictures, by the control's name.
     """
 
     name: str
@@ -34,6 +46,18 @@ class Task:
     score: Callable[[Sequence[Any]], Any]
     ends: Callable[[Any], tuple[int, ...]]
     detail: str | None
+    controls: Mapping[str, Callable[[Sequence[Any]], list[Any]]] = field(default_factory=dict)
+
+    def control(self, name: str, items: Sequence[Any]) -> list[Any]:
+        """The pictures of a control; without what is asked about only chance answers right.
+
+        Raises:
+            DareInputError: The task has no such control.
+        """
+        if name not in self.controls:
+            known = ", ".join(self.controls) or "there is none"
+            raise DareInputError(f"control: expected one of {self.name} ({known}), got {name!r}")
+        return self.controls[name](items)
 
 
 def _end_of_step(processor: Any) -> tuple[int, ...]:
@@ -43,6 +67,11 @@ def _end_of_step(processor: Any) -> tuple[int, ...]:
 
 def _end_of_box(processor: Any) -> tuple[int, ...]:
     return (vocot.delimiter_id(processor),)
+
+
+def no_end(processor: Any) -> tuple[int, ...]:
+    """Of a task without hops."""
+    return ()
 
 
 _ANOLE, _VOLCANO = "dare-tiny-anole", "dare-tiny-volcano"
@@ -61,6 +90,16 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             "ghost", _ANOLE, ghost.sample, ghost_run.solve, mvot.score, ghost_run.delimiters, None
+        ),
+        Task(
+            "board",
+            BOARD,
+            board.sample,
+            board_run.solve,
+            board_run.score,
+            no_end,
+            None,
+            board_run.CONTROLS,
         ),
         Task("scene", _VOLCANO, scene.sample, vocot.solve, vocot.score, _end_of_box, "boxes_right"),
     )

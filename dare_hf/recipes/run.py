@@ -149,7 +149,7 @@ def _load(recipe: Recipe) -> tuple[Any, Any, tuple[int, ...]]:
     model = AutoModelForImageTextToText.from_pretrained(source, **settings)
     processor = AutoProcessor.from_pretrained(source)
     if recipe.model in RUNNERS:
-        delimiters = (runner_type(recipe.model).delimiter(processor),)
+        delimiters = runner_type(recipe.model).delimiters(processor)
     return model, processor, delimiters
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dare_hf.errors import DareInputError
 from dare_hf.evaluation.intervals import wilson
 from dare_hf.tasks import board
-from dare_hf.tasks.board_render import item_to_image
+from dare_hf.tasks.board_render import board_to_image, item_to_image
 from dare_hf.tasks.mvot import BatchOutput
 
 if TYPE_CHECKING:
@@ -129,6 +129,13 @@ def solve(
         if progress is not None:
             progress(len(solutions), len(items))
     return solutions
+
+
+CONTROLS: dict[str, Callable[[Sequence[board.BoardItem]], list[Image]]] = {
+    "blank": lambda items: [board_to_image(()) for _ in items],
+    "shuffled": lambda items: [item_to_image(item) for item in (*items[1:], *items[:1])],
+}
+"""Pictures to show instead of the items' own: an empty board, and the next item's."""
 
 
 def _read(processor: Any, item: board.BoardItem, row: list[int], prompt_length: int) -> Solution:
