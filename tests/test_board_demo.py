@@ -122,7 +122,8 @@ def test_the_picture_shows_the_board_once(stand_in: Any) -> None:
     arm = arms.demo_arm("board", stand_in.processor, (), adapter=None, training_free=False)
     assert arm.name == "training-free"
     assert arm.config.hop_delimiters == ()
-    figure = picture.draw(stand_in, task.sample(6), arm)
+    solved = picture.solve_one(stand_in, task.sample(6), arm)
+    figure = picture.draw(solved.images, solved.title)
     top, bottom = figure.subfigs
     assert len(top.axes) == 1
     assert [len(axes.images) for axes in bottom.axes] == [1, 1, 1]
