@@ -39,6 +39,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "raw_input": {"normalize_input": False},
     "cut_third": {"cut_layer": 1 / 3},
     "cut_two_thirds": {"cut_layer": 2 / 3},
+    "routed_decode": {"decode": "routed"},
     "literal": {k: v for k, v in PRESETS["literal"].items() if not k.endswith("_retention")},
 }
 """One thing out, or otherwise, of DARE-LH; `dare_l` is the row without hops."""
