@@ -207,3 +207,28 @@ def test_every_family_makes_configurations():
             assert sum(vision) / 4 == pytest.approx(0.5)
             assert sum(text) / 4 == pytest.approx(0.8)
             assert kind.config(0.01, 1.0) is None
+
+
+def test_mean_updates_serve_both_scorers(tmp_path):
+    from dare_hf.api import last_report
+    from dare_hf.calibration import fit_router
+    from dare_hf.testing import tiny_inputs, tiny_model
+    from dare_hf.tuning.candidates import candidate, families
+
+    model = tiny_model("llava")
+    inputs = tiny_inputs(model)
+    options = {"scorer": "router", "recent_tokens": 0, "mean_update": True}
+    routed = fit_router(model, [inputs], DareConfig(**options), max_new_tokens=4)
+    for router in routed.get_base_model()._dare.controller.routers:
+        router.mean_update.fill_(0.1)
+    routed.save_pretrained(str(tmp_path))
+    routed.unload()
+    kinds = {kind.name: kind for kind in families({"recent_tokens": 0}, tmp_path, None)}
+    for name in ("router, constant", "attention with mean updates, constant"):
+        with candidate(model, kinds[name].config(0.5, 0.7), tmp_path) as on:
+            first = on.generate(**inputs, max_new_tokens=3, do_sample=False)
+            assert last_report(on).kv_bytes < last_report(on).kv_bytes_baseline
+            layer = on._dare.controller.anatomy.layers[1]
+            assert float(layer.dare_router.active_router.mean_update[0, 0]) == pytest.approx(0.1)
+        assert first.shape[1] == inputs["input_ids"].shape[1] + 3
+    assert "attention, constant" in kinds

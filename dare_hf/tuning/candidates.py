@@ -27,7 +27,14 @@ if TYPE_CHECKING:
 
 LayerCosts = Mapping[str, Sequence[Sequence[float]]]
 BY_COST = "by cost"
-_MADE_FOR = ("num_layers", "hidden_size", "model_type", "base_model_name_or_path", "cut_layer")
+_MADE_FOR = (
+    "num_layers",
+    "hidden_size",
+    "model_type",
+    "base_model_name_or_path",
+    "cut_layer",
+    "mean_update",
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,8 @@ class Family:
     @property
     def name(self) -> str:
         """What tables call it."""
-        return f"{self.scorer}, {self.schedule}"
+        adds = self.scorer != "router" and self.fields.get("mean_update") is True
+        return f"{self.scorer}{' with mean updates' if adds else ''}, {self.schedule}"
 
     def config(self, vision: float, text: float) -> DareConfig | None:
         """The family's configuration at mean rates; None where it has none so low."""
@@ -78,19 +86,19 @@ def families(
         router: Folder of a fitted router adapter; None leaves the trained scorer out.
         costs: What pruning each layer costs; None leaves "by cost" out.
     """
-    scorers = [fields["scorer"]] if "scorer" in fields else ["attention"]
-    made_for: dict[str, Any] = {}
+    rest = {k: v for k, v in fields.items() if k not in ("scorer", "schedule")}
+    ranked = [(fields.get("scorer", "attention"), rest)]
     if router is not None and "scorer" not in fields:
-        scorers.append("router")
         fitted, _ = read_adapter(str(router))
         made_for = {name: getattr(fitted, name) for name in _MADE_FOR}
+        ranked.append(("router", made_for | rest))
+        if _has_mean_updates(router):  # they serve any scorer
+            ranked.append(("attention", made_for | rest))
     missing = {"learned"} if fields.get("stages") else {"learned", "stages"}  # which name no rates
     named = [name for name in _schedules() if name not in missing]
     schedules = [fields["schedule"]] if "schedule" in fields else named
-    rest = {k: v for k, v in fields.items() if k not in ("scorer", "schedule")}
     found = []
-    for scorer in scorers:
-        own = made_for | rest if scorer == "router" else rest
+    for scorer, own in ranked:
         found += [Family(scorer, schedule, own) for schedule in schedules]
         if costs is not None and "schedule" not in fields:
             found.append(Family(scorer, BY_COST, own, costs))
@@ -102,7 +110,7 @@ def candidate(model: Any, config: DareConfig, router: Path | None) -> Iterator[A
     """The model with a candidate on it, and exactly off behind the block."""
     with TemporaryDirectory() as folder:
         source: Any = config
-        if config.scorer == "router":
+        if needs_adapter(config):
             source = write(config, router, Path(folder))
         with dare_applied(model, source):
             yield model
@@ -117,9 +125,20 @@ def write(config: DareConfig, router: Path | None, folder: Path) -> Path:
         folder: Where to.
     """
     config.save_pretrained(str(folder))
-    if config.scorer == "router" and router is not None:
+    if needs_adapter(config) and router is not None:
         save_file(router_scores(router), folder / SAFETENSORS_WEIGHTS_NAME)
     return folder
+
+
+def needs_adapter(config: DareConfig) -> bool:
+    """Whether a configuration reads tensors of the fitted router."""
+    return config.scorer == "router" or config.mean_update is True
+
+
+def _has_mean_updates(router: Path) -> bool:
+    """Whether an adapter's vectors are other than zeros, which do nothing."""
+    tensors = load_file(tensors_file(str(router)))
+    return any(bool(t.any()) for key, t in tensors.items() if key.endswith(".mean_update"))
 
 
 def router_scores(router: Path) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from dare_hf.tuning.candidates import router_scores
+from dare_hf.tuning.candidates import needs_adapter, router_scores
 from dare_hf.tuning.page import card, page
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def promised(
     by = "score" if by_score else "agreement"
     promise = None if best is None else _promise(best, by, not untrained)
     first = _why_none(measured, bounds) if best is None else _why(best, measured, bounds)
-    trained = best is not None and best.config.scorer == "router"
+    trained = best is not None and needs_adapter(best.config)
     return TuneResult(
         config=None if best is None else best.config,
         adapter=router_scores(router) if trained and router is not None else None,
