@@ -54,6 +54,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "ramp, random": {"schedule": "ramp", "scorer": "random"},
     "constant": {"schedule": "constant"},
     "ramp, share 0.75, fitted mean update": {**FITTED, "scorer": "attention"},
+    "freeze": {"pruned": "freeze"},
+    "ramp, share 0.75, fitted mean update, freeze": {
+        **FITTED,
+        "scorer": "attention",
+        "pruned": "freeze",
+    },
+    "fitted router, freeze": {**FITTED, "pruned": "freeze"},
     "fitted router, no mean update": {**FITTED, "mean_update": False},
     "fitted router": FITTED,
     "fitted router, share 0.5": {**FITTED, "recent_share": 0.5},

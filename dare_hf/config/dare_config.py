@@ -122,7 +122,8 @@ class DareConfig(PeftConfig):
             a list.
         prefix_tokens: first tokens of every hop that are always kept, >= 0.
         pruned: what happens to a token that is not kept: "bypass" skips this layer and competes
-            again in the next, "drop" is out for all deeper layers.
+            again in the next, "drop" is out for all deeper layers, "freeze" skips it too but its
+            key and value are stored and seen.
         mean_update: whether a token that is not kept adds the layer's mean update of its modality,
             a vector that an adapter brings: fitted by `fit_router`, a running mean in training.
             "auto" (on where an adapter brings it) is True in a configuration that `fit_router`

@@ -31,7 +31,7 @@ PEFT_TYPE = DarePeftType.DARE_ROUTER
 
 Schedule = Literal["safe", "two_stage", "ramp", "stages", "constant", "learned"]
 BatchBudget = Literal["row", "equal"]
-Pruned = Literal["bypass", "drop"]
+Pruned = Literal["bypass", "drop", "freeze"]
 HopScore = Literal["stored", "observed"]
 HopBudget = Literal["pooled", "per_hop"]
 Decode = Literal["full", "routed"]

@@ -134,7 +134,7 @@ def _observing(implementation: str) -> Any:
             # gaps in the ids of one row would be read as packed sequences (transformers 5.23,
             # modeling_flash_attention_utils._is_packed_sequence); RoPE is already computed
             kwargs["position_ids"] = None
-        tensors = (query, key, value)
+        query, key, value = tensors = state.tensors(query, key, value)
         softmax = _softmax(query, state.mean, kwargs)
         call = AttentionCall(softmax, kwargs.get("sliding_window"), attention_mask)
         call = call._replace(mask=state.before_attention(tensors, call))

@@ -95,7 +95,9 @@ class Recorder:
             self.builder.note(note)
         self._table = controller.table
         whole = controller._local.whole
-        self._asked = {} if whole else _asked(controller.settings, controller.table)
+        self._freezes = controller.config.pruned == "freeze"
+        counted = not (whole or self._freezes)
+        self._asked = _asked(controller.settings, controller.table) if counted else {}
 
     @classmethod
     def of(
@@ -203,9 +205,12 @@ class Recorder:
         nothing = [0] * context.batch
         queries = [running[id(plans[i])] if i in plans else nothing for i in layers]
         before = [context.cached_before.get(i) or nothing for i in layers]
+        real = context.real_counts
+        frozen = {i for i, plan in plans.items() if self._freezes and not plan.plain}
+        brought = [real if i in frozen else queries[i] for i in layers]
         own = [
             [c + q for c, q in zip(b, run, strict=True)]
-            for b, run in zip(before, queries, strict=True)
+            for b, run in zip(before, brought, strict=True)
         ]
         keys = [own[source] for source in self.sources]
         # what did not run (transformers leaves after config.num_hidden_layers) is no loss of DARE's
@@ -213,7 +218,6 @@ class Recorder:
         if context.cache is not None:
             self._kept = _kept(context.cache, len(self.shapes))
             self._ledgers = _ledgers(context.cache)
-        real = context.real_counts
         if len(self._real) != context.batch or context.past == 0:
             self._real = self._carried
         self._real = [a + b for a, b in zip(self._real, real, strict=True)]
@@ -221,6 +225,8 @@ class Recorder:
         self._tail = sampled if sampled < context.length else self._tail + sampled
         phase: Phase = "decode" if context.span is None else "prefill"
         self.builder.forward(queries, keys, real, self._real, phase, tails)
+        for layer in frozen:
+            self.builder.frozen(layer, sum(real))
         for layer, plan in plans.items():
             if plan.ran is not None:
                 self.builder.skipped(layer, sum(context.sampled) - sum(plan.ran))
@@ -293,7 +299,8 @@ class Recorder:
                     self._totals[row][m] += counts[m]
                     for layer in context.plans:
                         plan = context.plans[self.sources[layer]]
-                        self._held[layer][row][m] += plan.kept[row][m]
+                        stored = counts[m] if self._freezes else plan.kept[row][m]
+                        self._held[layer][row][m] += stored
         if context.span_ends is not None and not any(context.span_hop):
             self._record([0] * batch)
             self._note_excess()

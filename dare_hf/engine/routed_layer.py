@@ -11,6 +11,7 @@ from dare_hf.compat import CACHE
 from dare_hf.engine import step
 from dare_hf.engine.masks import gather_mask, is_flash
 from dare_hf.engine.plan import Plan, keep_all
+from dare_hf.errors import DareStateError
 from dare_hf.forward.facts import KeyView
 from dare_hf.hops.in_forward import restrict
 from dare_hf.routers.holder import mean_update_of, thresholds_of
@@ -30,6 +31,14 @@ if TYPE_CHECKING:
 
 # Where a layer's keyword arguments count tokens; masks and caches are handled by name.
 _TOKEN_DIMENSION = {"position_ids": -1, "position_embeddings": -2}
+
+
+class KeysMade(Exception):
+    """A layer has come to its attention, and its keys and values [B, Hkv, C, d] are made."""
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        super().__init__()
+        self.key, self.value = key, value
 
 
 @dataclass
@@ -68,6 +77,19 @@ class LayerState:
         """Whether the attention that runs now is to be read."""
         return self._watched() is not None or self.controller._local.listener is not None
 
+    def tensors(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What this layer's attention works on; called by its attention function.
+
+        Raises:
+            KeysMade: The layer was only to make keys and values, and has.
+        """
+        context = self._watched()
+        if context is None or context.frozen is None:
+            return query, key, value
+        if not context.frozen:
+            raise KeysMade(key, value)
+        return query, context.frozen[0], context.frozen[1]
+
     def before_attention(self, tensors: tuple[Tensor, Tensor, Tensor], call: AttentionCall) -> Any:
         """The mask this layer's attention shall use; called by its attention function."""
         context = self._watched()
@@ -93,7 +115,7 @@ class LayerState:
                 scorer: Any = self.controller.scorer  # one that needs attention observes it
                 scorer.observe(context, self.index, tensors, call)
             if self.controller.keeps_queries(self.index) and context.cache is not None:
-                running = context.columns[:, -tensors[0].shape[2] :]
+                running = context.running_columns(context.columns, tensors[0].shape[2])
                 dense = context.plans[self.index].live is None
                 slot = context.cache.layer(self.index)
                 sampled = max(context.sampled)
@@ -131,6 +153,8 @@ def routed_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
         passed = _passed_by(layer, state, context, hidden_states, slot)
         if passed is not None:
             return passed
+    if controller.config.pruned == "freeze" and not plan.plain and context.span is not None:
+        return _frozen_forward(layer, state, context, plan, hidden_states, kwargs)
     _stage(state, context, plan, kwargs)
     reads = controller.keeps_queries(state.index) or context.inner_hops is not None
     reads = reads or controller.captures(state.index, context)
@@ -151,6 +175,45 @@ def routed_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
     context.capture_layer = -1
     output = _scaled(state, plan, rows, output)
     return _scatter(layer, state, context, output, hidden_states, plan)
+
+
+def _frozen_forward(
+    layer: nn.Module,
+    state: LayerState,
+    context: ForwardContext,
+    plan: Plan,
+    hidden: Tensor,
+    kwargs: dict[str, Any],
+) -> Any:
+    """The layer twice: all tokens up to its keys and values, then those that run, over all keys.
+
+    Source: docs/method.md, section 4 (freeze).
+    """
+    index, full = state.index, replace(keep_all(context), scores=plan.scores)
+    slot = _slot(state, context, kwargs)
+    stored = None if slot is None or not slot.width else slot.scores()
+    context.keys[index] = replace(_key_view(state, context, full, kwargs), gathered=True)
+    _stage(state, context, full, kwargs)
+    context.capture_layer, context.frozen = index, ()
+    try:
+        state.inner(hidden, **kwargs)
+    except KeysMade as made:
+        context.frozen = made.key, made.value
+    else:
+        raise DareStateError(
+            "expected the attention implementation DARE set when it was applied; it was changed "
+            "since. Call remove_dare(model), then apply_dare(model) again"
+        )
+    try:
+        gathered = _gather_kwargs(state, context, plan, kwargs) | {CACHE: None}
+        context.column_scores = stored
+        context.running = plan.take(context.positions(), fill=-1)
+        rows = _take_tokens(hidden, plan.index, -2) if plan.index is not None else hidden
+        output = _scaled(state, plan, rows, state.inner(rows, **gathered))
+    finally:
+        context.capture_layer, context.frozen, context.running = -1, None, None
+        context.keys.pop(index, None)
+    return _scatter(layer, state, context, output, hidden, plan)
 
 
 def _plan_for(layer: nn.Module, state: LayerState, context: ForwardContext, hidden: Tensor) -> Plan:
@@ -361,7 +424,8 @@ def _mask(state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[s
         slot = _slot(state, context, kwargs) if view.cached else None
         own = slot is not None and state.source == state.index
         context.columns, context.column_scores = view.columns, slot.scores() if own else None
-    if mask is None and not view.holes and (view.cached == 0 or plan.width == 1):
+    alike = view.cached == 0 or plan.width == 1
+    if mask is None and not view.holes and alike and context.frozen is None:
         return None
     shared = view.cached == 0 and plan.gathered is not None
     key = ("attention_mask", id(mask), state.causal)

@@ -67,7 +67,8 @@ class Settings:
         trains = self.config.scorer == "router" or self.config.learns_rates  # gradients of gates
         # a cap cuts the prompt off from sampled tokens even where no hop ever closes
         hides = self.rules.closes_hops or self.config.max_kv_tokens is not None
-        return observed or trains or self.scorer.needs_attention or hides
+        freezes = self.config.pruned == "freeze"
+        return observed or trains or self.scorer.needs_attention or hides or freezes
 
     @property
     def spreads(self) -> bool:
@@ -145,6 +146,7 @@ def resolve(model: Any, config: DareConfig, anatomy: Anatomy, processor: Any = N
             "decode: expected a model whose layers each store keys of their own and have one "
             f"hidden state a token; got {spec.model_type!r}. Leave decode at its default"
         )
+    _check_freeze(config, anatomy, scorer)
     for name in ("recycle", "mean_update"):
         if getattr(config, name) is True and spec.streams:
             raise DareConfigError(
@@ -154,6 +156,35 @@ def resolve(model: Any, config: DareConfig, anatomy: Anatomy, processor: Any = N
     _check_together(config, table, scorer)
     notes = _missed(config, table)
     return Settings(config, table, scorer, rules, anatomy.sources, first_whole, notes)
+
+
+def _check_freeze(config: DareConfig, anatomy: Anatomy, scorer: Scorer) -> None:
+    """Refuse to store keys of tokens that do not run where that is not what a layer does.
+
+    Raises:
+        DareConfigError: It is so.
+    """
+    if config.pruned != "freeze":
+        return
+    implementation = anatomy.text_config._attn_implementation
+    if not implementation.endswith(("sdpa", "eager")):
+        raise DareConfigError(
+            "pruned: expected attn_implementation 'sdpa' or 'eager' for 'freeze', whose queries "
+            f"are fewer than its keys; got {implementation!r}. Load the model so, or choose "
+            "'bypass'"
+        )
+    shapes = shapes_of(anatomy.layers, anatomy.text_config)
+    several = any(shape.latent is not None for shape in shapes)
+    if anatomy.spec.streams or several or len(set(anatomy.sources)) < len(anatomy.layers):
+        raise DareConfigError(
+            "pruned: expected a model whose layers each store keys and values of their own for "
+            f"'freeze'; got {anatomy.spec.model_type!r}. Choose 'bypass' or 'drop'"
+        )
+    if isinstance(scorer, AttendedScorer):
+        raise DareConfigError(
+            f"pruned: expected another scorer than {config.scorer!r} for 'freeze', which reads the "
+            "attention of tokens that ran. Choose scorer='attention', or pruned='drop'"
+        )
 
 
 def _check_together(config: DareConfig, table: RetentionTable, scorer: Scorer) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dare_hf.errors import DareInputError
 from dare_hf.hops.eviction import never_thins
-from dare_hf.report.flops import forward_flops, head_flops, unpruned_flops
+from dare_hf.report.flops import forward_flops, frozen_flops, head_flops, unpruned_flops
 from dare_hf.routing.counts import span_budgets
 from dare_hf.scoring.cost import ScoringCost
 
@@ -50,17 +50,19 @@ def expected_flops(subject: Subject, prompt: HopTokens) -> ExpectedFlops:
         raise DareInputError("model: expected a model, whose head and width count; got shapes")
     rules, tokens = subject.rules, sum(prompt.span)
     forced = prompt.forced(rules.config.prefix_tokens)
-    kept = [rows[0] for rows in rules.span([0], [prompt.span], [forced], tokens)]
+    kept = [rows[0] for rows in rules.ran([0], [prompt.span], [forced], tokens)]
     ran = [sum(kept[source]) for source in subject.sources]
+    keys = [tokens] * len(ran) if rules.freezes else ran
     scored = _scored(subject, tokens, prompt.span)
     head = _head(subject.anatomy)
     plain = subject.plain()
     return ExpectedFlops(
-        prefill=_forward(subject, ran, ran)
-        + _scores(subject, scored, tokens, ran, ran, prompt.span)
+        prefill=_forward(subject, ran, keys)
+        + _frozen(subject, subject.anatomy, ran, tokens)
+        + _scores(subject, scored, tokens, ran, keys, prompt.span)
         + head,
-        decode=_forward(subject, [1] * len(ran), [n + 1 for n in ran])
-        + _scores(subject, _stored_sampled(subject), 1, [0] * len(ran), [n + 1 for n in ran])
+        decode=_forward(subject, [1] * len(ran), [n + 1 for n in keys])
+        + _scores(subject, _stored_sampled(subject), 1, [0] * len(ran), [n + 1 for n in keys])
         + head,
         plain_prefill=unpruned_flops(plain, [tokens], [tokens]) + head,
         plain_decode=unpruned_flops(plain, [1], [tokens + 1]) + head,
@@ -69,6 +71,15 @@ def expected_flops(subject: Subject, prompt: HopTokens) -> ExpectedFlops:
 
 def _forward(subject: Subject, queries: Sequence[int], keys: Sequence[int]) -> int:
     return forward_flops(subject.shapes, [[q] for q in queries], [[n] for n in keys])
+
+
+def _frozen(subject: Subject, anatomy: Anatomy, ran: Sequence[int], tokens: int) -> int:
+    """What making keys of tokens that do not run takes, of all tokens of those layers."""
+    if not subject.rules.freezes:
+        return 0
+    hidden = anatomy.text_config.hidden_size
+    pairs = zip(subject.shapes, ran, strict=True)
+    return sum(frozen_flops(shape, hidden, tokens) for shape, own in pairs if own < tokens)
 
 
 def _head(anatomy: Anatomy) -> int:

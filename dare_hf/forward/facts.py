@@ -71,6 +71,10 @@ class ForwardContext:
         attention_layer: The layer whose attention gave it last.
         raters: Bool[B, S] the text whose attention scores (`text_raters`); None where there is no
             such choice.
+        frozen: Key and value [B, Hkv, C, d] of all tokens of the layer that runs now, where some
+            only have theirs stored (pruned="freeze"); () while they are being made, None else.
+        running: Long[B|1, K] logical position of each query of the layer that runs now, where its
+            last keys are not those of its queries; None else.
         never_skips: Bool[B, S] tokens that skip no layer, once a layer has asked (routed decode).
         rotary: The rotary embedding of the layer that runs now, cosines and sines; None where it is
             given none.
@@ -111,6 +115,8 @@ class ForwardContext:
     attention_score: Tensor | None = None
     attention_layer: int = -1
     raters: Tensor | None = None
+    frozen: tuple[Tensor, ...] | None = None
+    running: Tensor | None = None
     never_skips: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     columns: Tensor | None = None
@@ -145,6 +151,10 @@ class ForwardContext:
     def real_counts(self) -> list[int]:
         """Real new tokens per row."""
         return [sum(c) + s for c, s in zip(self.counts, self.sampled, strict=True)]
+
+    def running_columns(self, columns: Tensor, count: int) -> Tensor:
+        """Long[B|1, K]: position of each of `count` queries, `columns` those of the keys."""
+        return columns[:, columns.shape[1] - count :] if self.running is None else self.running
 
     def positions(self) -> Tensor:
         """Long[B, S]: 0-based logical column of each new token, pads included."""

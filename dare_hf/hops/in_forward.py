@@ -122,7 +122,7 @@ class InnerHops:
             return None
         ring = context.cache.layer(layer).ring if context.cache is not None else None
         ring = ring or QueryRing.empty(query, call.softmax)
-        running = where[:, where.shape[1] - query.shape[2] :]
+        running = context.running_columns(where, query.shape[2])
         return ring.pushed(query, running, RING + query.shape[2])
 
 
@@ -180,6 +180,8 @@ def _scores(context: ForwardContext, layer: int, where: Tensor) -> Tensor:
     scores = torch.zeros(where.shape, device=where.device)
     if context.column_scores is not None:
         scores[:, : context.column_scores.shape[1]] = context.column_scores
-    if plan.scores is not None:
+    if plan.scores is not None and context.frozen is not None:
+        scores[:, where.shape[1] - context.length :] = plan.scores
+    elif plan.scores is not None:
         scores[:, where.shape[1] - plan.width :] = plan.take(plan.scores)
     return scores

@@ -56,7 +56,23 @@ class LedgerRules:
         forced: Sequence[Counts],
         length: int,
     ) -> list[list[list[int]]]:
-        """What the layers keep of a forward's spans, [layers][rows][text, vision].
+        """What the layers store of a forward's spans; the arguments and the result as `ran`."""
+        ran = self.ran(hops, counts, forced, length)
+        return [[list(row) for row in counts] for _ in ran] if self.freezes else ran
+
+    @property
+    def freezes(self) -> bool:
+        """Whether keys of tokens that do not run a layer are stored there."""
+        return self.config.pruned == "freeze"
+
+    def ran(
+        self,
+        hops: Sequence[int],
+        counts: Sequence[Counts],
+        forced: Sequence[Counts],
+        length: int,
+    ) -> list[list[list[int]]]:
+        """What the layers run of a forward's spans, [layers][rows][text, vision].
 
         Args:
             hops: Per row the hop of its span.

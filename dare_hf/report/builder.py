@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from dare_hf.report.flops import (
     forward_flops,
+    frozen_flops,
     head_flops,
     kv_bytes,
     step_flops,
@@ -64,6 +65,10 @@ class ReportBuilder:
         report.flops[phase] += forward_flops(shapes, queries, keys)
         full = unpruned_flops(shapes, full_queries, full_lengths, tails)
         report.flops_baseline[phase] += full
+
+    def frozen(self, layer: int, tokens: int) -> None:
+        """Adds the projections of tokens whose keys are stored before some of them run."""
+        self._report.flops["prefill"] += frozen_flops(self.shapes[layer], self.hidden, tokens)
 
     def steps(
         self,

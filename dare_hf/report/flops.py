@@ -74,6 +74,11 @@ class LayerShape:
         )
 
     @property
+    def projection_width(self) -> int:
+        """Outputs of the maps that make a token's query, key and value."""
+        return self.q_heads * self.qk_dim + self.kv_heads * (self.qk_dim + self.v_dim)
+
+    @property
     def pair_macs(self) -> int:
         """Multiply-adds of one query with one key: both products of the attention, all heads."""
         return self.q_heads * (self.qk_dim + self.v_dim)
@@ -232,6 +237,17 @@ def key_norm_scorer_flops(shape: LayerShape, hidden: int, tokens: int) -> int:
 def kv_bytes_per_token(kv_heads: int, k_dim: int, v_dim: int, itemsize: int) -> int:
     """n_kv_heads (d_k + d_v) itemsize: bytes of one token in one layer's cache."""
     return kv_heads * (k_dim + v_dim) * itemsize
+
+
+def frozen_flops(shape: LayerShape, hidden: int, tokens: int) -> int:
+    """FLOPs of making queries, keys and values of tokens once more (pruned="freeze").
+
+    Args:
+        shape: The layer.
+        hidden: Width of the model.
+        tokens: How many.
+    """
+    return 2 * tokens * hidden * shape.projection_width
 
 
 def kv_bytes(shapes: Sequence[LayerShape], kept: Sequence[Sequence[int]], itemsize: int) -> int:

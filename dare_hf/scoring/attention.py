@@ -99,12 +99,17 @@ def score_span(
     value = value if by_value else torch.ones_like(value[..., :1])
     taken = query.gather(2, index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
     visible = visible_keys(call, index, columns.expand(query.shape[0], -1), query.shape[2])
+    frozen = context.frozen is not None  # keys of tokens that did not run are there too
+    new = context.length if frozen else query.shape[2]
     span = torch.zeros(query.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
-    span[:, key.shape[2] - query.shape[2] :] = plan.span_live(context)
+    span[:, key.shape[2] - new :] = (
+        context.span_and_forced()[0] if frozen else plan.span_live(context)
+    )
     scores = attention_scores(taken, key, value, visible, there, span, *call.softmax)
-    new = scores[:, key.shape[2] - query.shape[2] :]
-    context.attention_score = plan.spread(new, context.attention_score, context)
-    context.attention_layer = layer
+    scores = scores[:, key.shape[2] - new :]
+    if not frozen:
+        scores = plan.spread(scores, context.attention_score, context)
+    context.attention_score, context.attention_layer = scores, layer
 
 
 def visible_keys(call: AttentionCall, index: Tensor, columns: Tensor, running: int) -> Tensor:

@@ -207,7 +207,10 @@ class Simulation:
 
     def _key_gates(self, index: int, route: Route) -> Tensor:
         context, learns = self.context, self.learns(index)
-        held = route.run & (context.modality != PAD)
+        freezes = self.config.pruned == "freeze"
+        held = context.modality != PAD
+        if not freezes:
+            held = held & route.run
         begun: list[tuple[int, Tensor, Tensor, int]] = []
         competitions: list[Competition] = []
         for hop, pruner in self.pruners:
@@ -221,7 +224,7 @@ class Simulation:
             competitions += mine
             held = held & keep
         soft = soft_gates(route.ranked, competitions, self.config, self.tau)
-        gate = route.gate
+        gate = torch.ones_like(route.gate) if freezes else route.gate
         by_hop = [gate] * (self.pruners[0][0] if self.pruners else self.hops)
         for hop, keep, closed, count in begun:
             own = keep.to(gate.dtype)
@@ -241,7 +244,8 @@ class Simulation:
             return False
         source = self.table.plan_layers[index]
         rates = [self.table.rate(h, source, m) for h in range(self.hops) for m in MODALITIES]
-        return min(rates) >= 1.0 and self.config.decode == "full"
+        spans = min(rates) >= 1.0 or self.config.pruned == "freeze"
+        return spans and self.config.decode == "full"
 
     # routing of spans
 

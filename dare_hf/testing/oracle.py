@@ -43,7 +43,7 @@ class OracleRouting:
             (default: its own).
         prefix_tokens: Tokens at the head of the prompt that are always kept (kappa).
         always_keep: Token ids that are always kept.
-        pruned: ``"bypass"`` or ``"drop"``.
+        pruned: ``"bypass"``, ``"drop"`` or ``"freeze"``.
         batch_budget: ``"row"`` or ``"equal"``.
         recent_tokens: The last text tokens of a span that are kept, beside image delimiters and
             `special_ids`; None where text is not protected.
@@ -120,6 +120,8 @@ def masked_layers(
     choose: Choose,
     visible: Sequence[Tensor] | None = None,
     added: Sequence[Tensor] | None = None,
+    *,
+    frozen: bool = False,
 ) -> Iterator[list[Tensor]]:
     """Run forwards in this context as if each layer executed only the tokens it keeps.
 
@@ -128,6 +130,7 @@ def masked_layers(
         choose: Which tokens a layer keeps.
         visible: Per layer, Bool[B, S, S]: keys each query may see at all (the matrix E).
         added: Per layer, [B, S, D]: what is added to a token that does not run it.
+        frozen: Whether tokens that do not run are seen all the same.
 
     Yields:
         The kept tokens of each layer, filled as the forward goes.
@@ -139,7 +142,8 @@ def masked_layers(
         index = len(kept)
         keep = choose(index, scored(args[0]))
         kept.append(keep)
-        columns = keep[:, None, :].expand(-1, keep.shape[1], -1)
+        seen = torch.ones_like(keep) if frozen else keep
+        columns = seen[:, None, :].expand(-1, keep.shape[1], -1)
         if visible is not None:
             columns = columns & visible[index]
         causal = getattr(attention_of(layer), "is_causal", True)
@@ -322,7 +326,8 @@ def oracle_forward(
     if routing.mean_update is not None:
         kinds = [(modality == kind)[..., None].float() for kind in (TEXT, VISION)]
         added = [sum(k * v for k, v in zip(kinds, two, strict=True)) for two in routing.mean_update]
-    with masked_layers(model, chooser, added=added) as keep:
+    frozen = routing.pruned == "freeze"
+    with masked_layers(model, chooser, added=added, frozen=frozen) as keep:
         logits = model(**inputs, use_cache=False).logits
     return OracleRun(logits, keep)
 
