@@ -22,6 +22,7 @@ from test_laws_oracle import oracle_model, routing_of
 from test_train_parity import hold_steps
 
 from dare_hf import DareCache, DareConfig, apply_dare, last_report
+from dare_hf.cache.ring import RING
 from dare_hf.compat import CACHE, cache_of
 from dare_hf.errors import DareConfigError
 from dare_hf.testing import (
@@ -118,6 +119,31 @@ def test_attention_scores_are_of_all_keys(name, rows):
         theirs = plain(**inputs, use_cache=False).logits
     assert_close(logits[real], theirs[real], tolerance=FP32_TOLERANCE, what=name)
     assert float(scores[-1][real].min()) > 0  # those that did not run have one too
+
+
+def test_the_ring_says_where_its_queries_stood():
+    model = shared_model("llava", "sdpa", torch.float32)
+    inputs = inputs_of(model, (1, 2))
+    fields = {**FIELDS, "scorer": "attention", "recent_tokens": 1, "schedule": "ramp"}
+    with dare(model, **fields, hop_delimiters=(119,)):
+        plans = {}
+        for layer in decoder_layers(model):
+            inner = layer._dare.inner
+
+            def tapped(*args, _inner=inner, _state=layer._dare, **kwargs):
+                plans[_state.index] = _state.controller.context.plans[_state.index]
+                return _inner(*args, **kwargs)
+
+            layer._dare.inner = tapped
+        cache = DareCache()
+        forward(model, inputs, **{CACHE: cache, "use_cache": True})
+    rings = [slot.ring for slot in cache.layers]
+    frozen = [index for index, plan in plans.items() if plan.keep is not None]
+    assert frozen
+    for index in frozen:
+        for row, keep in enumerate(plans[index].keep):
+            stood = rings[index].positions[row]
+            assert stood[stood >= 0].tolist() == keep.nonzero()[:, 0].tolist()[-RING:]
 
 
 @pytest.mark.parametrize("name", MODELS)
