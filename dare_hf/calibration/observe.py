@@ -78,6 +78,9 @@ class _Watcher:
     seen: Seen = field(default_factory=Seen)
     watching: bool = True
 
+    def tensors(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return query, key, value
+
     def before_attention(self, tensors: tuple[Tensor, ...], call: AttentionCall) -> Any:
         return call.mask
 
