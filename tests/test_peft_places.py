@@ -58,7 +58,7 @@ def test_routers_stay_float32_on_a_half_model(folder):
 
 
 REFUSED = {
-    "routed decode": ({"decode": "routed"}, "decode"),
+    "routed decode": ({"decode": "routed", "pruned": "drop"}, "decode"),
     "scaling by no router": ({"scorer": "attention", "score_scaling": "multiply"}, "score_scaling"),
     "a list too short": ({"schedule": [(0.5, 0.5)] * 3}, r"4.*3"),
     "an unknown scorer": ({"scorer": "no_such_scorer"}, "no_such_scorer"),

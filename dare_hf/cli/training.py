@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -46,10 +47,12 @@ def train(
         recipe = recipes.load_recipe(
             config, model=model, out=folder, steps=steps, load_in_4bit=quantised
         )
-        first = PartialState().is_main_process
+        # accelerate is asked once the trainer has told it of the device: before, it would set
+        # itself up for one process where there is no accelerator
+        first = os.environ.get("RANK", "0") == "0"
         with told_if_interrupted(lambda: _kept(recipe.out)), progress() as tell:
             result = recipes.train(recipe, resume=resume, progress=tell if first else None)
-        if first:
+        if PartialState().is_main_process:
             for name, place in result.folders.items():
                 typer.echo(f"{name}: {place}")
         end_processes()
