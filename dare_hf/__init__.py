@@ -71,5 +71,5 @@ def _register() -> None:
 # `import dare_hf` does so (docs/adapters.md); the names above stay lazy, so that a module of this
 # package can be imported while the package itself is. Only the console script waits until a command
 # runs: its help needs neither torch nor peft, whose import takes seconds.
-if not any(PurePath(script).stem == "dare-hf" for script in sys.orig_argv[1:2]):
+if not any(PurePath(script).name in ("dare-hf", "dare-hf.exe") for script in sys.orig_argv[1:2]):
     _register()

@@ -146,7 +146,7 @@ def test_seconds_are_split_by_columns_and_memory_is_what_is_held() -> None:
     assert first["decode"] == 0
     assert watch.seconds["decode"] > 0
     assert watch.seconds["prefill"] == first["prefill"]
-    assert watch.peak_bytes is None or 150e6 < watch.peak_bytes < 500e6
+    assert watch.peak_bytes is None or 150e6 < watch.peak_bytes < 300e6
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
 

@@ -217,6 +217,21 @@ def test_training_brings_thresholds_to_the_quantiles_of_the_scores():
     assert all(torch.isfinite(grad).all() and grad.any() for grad in grads[:-1])
 
 
+def test_a_frozen_adapter_learns_neither_thresholds_nor_means():
+    """As beside a LoRA that is trained alone."""
+    with skipping("llava", mean_update=True) as model:
+        batch, _, _ = written_batch(model)
+        routers = controller_of(model).routers
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        before = [(r.thresholds.clone(), r.mean_update.clone()) for r in routers]
+        model.train()
+        model(**batch)
+        after = [(r.thresholds, r.mean_update) for r in routers]
+    for old, new in zip(before, after, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
+
+
 def test_quantiles():
     from dare_hf.routing.thresholds import follow_quantiles, limits
 

@@ -16,7 +16,7 @@ from dare_hf.forward.token_rules import forced_of
 from dare_hf.routing.kinds import PAD, TEXT, VISION
 from dare_hf.routing.selection import isin_ids
 from dare_hf.simulation.layout import Layout, read_layout
-from dare_hf.simulation.simulation import UPDATE_MOMENTUM, Simulation
+from dare_hf.simulation.simulation import Simulation
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -78,7 +78,7 @@ def open_simulation(arguments: Mapping[str, Any], controller: Controller) -> For
         _noise(controller),
         controller.anatomy.text_model.training,
         controller.anatomy.sources,
-        _threshold_step(controller),
+        controller.threshold_step,
     )
     return context
 
@@ -169,14 +169,6 @@ def _context(
         closing=[[] for _ in range(batch)],
         head_rows=batch * length,
     )
-
-
-def _threshold_step(controller: Controller) -> float | None:
-    """How far thresholds move: as told while they are fitted, a little in training, else not."""
-    if controller.threshold_step is not None:
-        return controller.threshold_step
-    learns = controller.anatomy.text_model.training and torch.is_grad_enabled()
-    return UPDATE_MOMENTUM if learns else None
 
 
 def _noise(controller: Controller) -> torch.Generator | None:

@@ -91,8 +91,8 @@ class Simulation:
         noise: Draws the Gumbel selector's noise; None outside training.
         training: Whether the model is in training mode.
         sources: For each layer the one whose keys it reads; () where each reads its own.
-        threshold_step: How far the thresholds of routed decode follow this forward's scores; None
-            where they stay.
+        threshold_step: How far the thresholds of routed decode follow this forward's scores while
+            they are fitted; None: as far as means do in a training of the routers, else not.
 
     Attributes:
         record: What the auxiliary losses read.
@@ -294,9 +294,11 @@ class Simulation:
         if context.always is not None:
             could = could & ~context.always
         facts = (context.token_hop, context.modality)
-        if self.threshold_step is not None:
+        trains = UPDATE_MOMENTUM if self.training and self.learns(index) else None
+        step = trains if self.threshold_step is None else self.threshold_step
+        if step is not None:
             rates = self._threshold_rates(index)
-            follow_quantiles(thresholds, scores.detach(), could, *facts, rates, self.threshold_step)
+            follow_quantiles(thresholds, scores.detach(), could, *facts, rates, step)
         return could, could & below(scores.detach(), thresholds, *facts).to(could.device)
 
     def _threshold_rates(self, index: int) -> list[list[float]]:
