@@ -24,7 +24,7 @@ from test_train_parity import hold_steps
 from dare_hf import DareCache, DareConfig, apply_dare, last_report
 from dare_hf.cache.ring import RING
 from dare_hf.compat import CACHE, cache_of
-from dare_hf.errors import DareConfigError
+from dare_hf.errors import DareConfigError, DareInputError
 from dare_hf.testing import (
     collate,
     decoder_layers,
@@ -182,6 +182,24 @@ def test_speculation_is_token_identical():
             looked = {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1}
             ours = generate(model, inputs, max_new_tokens=14, **looked)
         assert torch.equal(greedy.sequences, ours.sequences)
+
+
+def test_checkpointing_has_the_same_gradients_or_is_refused():
+    found = []
+    for checkpointed in (False, True):
+        model = tiny_model("llava")
+        inputs = inputs_of(model, (1, 2))
+        with routed(model, pruned="freeze") as wrapped:
+            wrapped.train()
+            if checkpointed:
+                model.activation_checkpointing_enable({"use_reentrant": False})
+                with pytest.raises(DareInputError, match="freeze"):
+                    wrapped(**inputs, use_cache=False)
+            wrapped(**inputs, labels=inputs["input_ids"]).loss.backward()
+            grads = [router.weight.grad.flatten() for router in controller_of(wrapped).routers]
+            found.append(torch.cat(grads))
+    assert found[0].any()
+    assert torch.allclose(found[0], found[1], rtol=1e-4, atol=1e-6)
 
 
 def test_flops_are_those_expected():

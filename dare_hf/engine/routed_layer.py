@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dare_hf.compat import CACHE
+from dare_hf.compat import CACHE, checkpoints
 from dare_hf.engine import step
 from dare_hf.engine.masks import gather_mask, is_flash
 from dare_hf.engine.plan import Plan, keep_all
-from dare_hf.errors import DareStateError
+from dare_hf.errors import DareInputError, DareStateError
 from dare_hf.forward.facts import KeyView
 from dare_hf.hops.in_forward import restrict
 from dare_hf.routers.holder import mean_update_of, thresholds_of
@@ -187,8 +187,18 @@ def _frozen_forward(
 ) -> Any:
     """The layer twice: all tokens up to its keys and values, then those that run, over all keys.
 
+    Raises:
+        DareInputError: The layer would be repeated for its gradients, without the keys it saw.
+        DareStateError: Attention is not the one that DARE set.
+
     Source: docs/method.md, section 4 (freeze).
     """
+    if torch.is_grad_enabled() and checkpoints(layer):
+        raise DareInputError(
+            "pruned: expected labels or hop_ids beside 'freeze' in a forward with gradients and "
+            "activation checkpointing, which repeats a layer alone; got neither. Give labels, call "
+            "the model under torch.no_grad(), or switch checkpointing off"
+        )
     index, full = state.index, replace(keep_all(context), scores=plan.scores)
     slot = _slot(state, context, kwargs)
     stored = None if slot is None or not slot.width else slot.scores()
