@@ -20,6 +20,7 @@ from laws import (
 from router_runs import STEPS, controller_of, routed, trainee, written_batch
 from test_hop_loop import DELIMITERS, Featured, assert_steps_are, looped, recomputed
 
+from dare_hf import last_report
 from dare_hf.compat import cache_of
 from dare_hf.config.dare_config import PRESETS
 from dare_hf.testing import collate, token_hops, written_inputs
@@ -110,9 +111,18 @@ def test_given_hop_ids_are_the_derived_ones(attention):
     assert cache_of(unlabelled) is None
 
 
+INJECTED = {
+    "bypass": {},
+    "drop": {"pruned": "drop"},
+    "freeze": {"pruned": "freeze"},
+    "skip": {"decode": "routed"},
+}
+
+
 def injected_cases():
-    for name, pruned, rows in itertools.product(TINY_MODELS, ("bypass", "drop"), BATCHES):
-        yield marked(name, pruned, rows, fast=rows == "padded" and pruned == "bypass")
+    for name, pruned, rows in itertools.product(TINY_MODELS, INJECTED, BATCHES):
+        usual = pruned == "bypass" or (pruned != "drop" and name == "llava")
+        yield marked(name, pruned, rows, fast=rows == "padded" and usual)
 
 
 @pytest.mark.parametrize(("name", "pruned", "rows"), list(injected_cases()))
@@ -124,8 +134,12 @@ def test_injected_spans_are_routed_as_generate_routes_them(name, pruned, rows):
     prompt = inputs["input_ids"].shape[1]
     # one row alone writes a rarer id too seldom
     ends = DELIMITERS if rows == "padded" else tuple(range(10, 80))
-    with routed(model, hop_delimiters=ends, pruned=pruned, max_hops=6) as wrapped:
+    with routed(model, hop_delimiters=ends, max_hops=6, **INJECTED[pruned]) as wrapped:
+        if pruned == "skip":
+            for router in controller_of(wrapped).routers:
+                router.thresholds.fill_(0.45)
         out = looped(model, inputs, featured, max_new_tokens=20)
+        skipped = last_report(wrapped).skipped_layers
         ids = out.sequences[:, :-1]
         labels = torch.full_like(ids, -100)
         injected = injected_columns(cache_of(out))
@@ -138,6 +152,7 @@ def test_injected_spans_are_routed_as_generate_routes_them(name, pruned, rows):
     assert featured.rows
     assert injected
     assert record.seen.shape[1] >= 4
+    assert bool(sum(skipped)) == (pruned == "skip")
     assert_steps_are(full, out, prompt, f"{name}, {pruned}")
 
 

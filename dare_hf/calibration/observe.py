@@ -56,14 +56,14 @@ class Seen:
 
     Attributes:
         hidden: [B, S, D] states that entered it.
-        change: [B, S, D] what it added to them.
+        output: [B, S, D] what it made of them; the next layer's `hidden` mostly, not a copy.
         importance: Float32[B, S], attention of later queries times value norm; mean about 1.
         known: Bool[B, S], tokens that some later query could see.
         vision_share: Share of its attention that text of the continuation puts on vision.
     """
 
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))
-    change: Tensor = field(default_factory=lambda: torch.empty(0))
+    output: Tensor = field(default_factory=lambda: torch.empty(0))
     importance: Tensor = field(default_factory=lambda: torch.empty(0))
     known: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
     vision_share: float = 0.0
@@ -160,7 +160,7 @@ def watching(anatomy: Anatomy, tokens: Tokens) -> Iterator[list[Seen]]:
             watch(attention_of(layer), name, undo)
             undo.set(attention_of(layer), "_dare", watcher)
             undo.hook(layer.register_forward_pre_hook(_keep_input(watcher), with_kwargs=True))
-            undo.hook(layer.register_forward_hook(_keep_change(watcher)))
+            undo.hook(layer.register_forward_hook(_keep_output(watcher)))
         yield [watcher.seen for watcher in watchers]
     finally:
         undo.undo()
@@ -173,9 +173,8 @@ def _keep_input(watcher: _Watcher) -> Any:
     return keep
 
 
-def _keep_change(watcher: _Watcher) -> Any:
+def _keep_output(watcher: _Watcher) -> Any:
     def keep(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        new = output[0] if isinstance(output, tuple) else output
-        watcher.seen.change = new - watcher.seen.hidden
+        watcher.seen.output = output[0] if isinstance(output, tuple) else output
 
     return keep

@@ -87,7 +87,7 @@ def observe(
                 _add_samples(fits[target][layer], one.hidden, wanted[layer], modality, normalize)
             shares[layer] += one.vision_share / len(batches)
             if updates:
-                found = mean_updates(one.change, prunable, modality)
+                found = mean_updates(one.output - one.hidden, prunable, modality)
                 updates[layer] = [a + b for a, b in zip(updates[layer], found, strict=True)]
         tell("observe", done, len(batches))
     counts = {name: max(fit[kind].count for fit in fits[OWN]) for kind, name in KINDS.items()}
