@@ -136,8 +136,8 @@ def test_injected_spans_are_routed_as_generate_routes_them(name, pruned, rows):
     ends = DELIMITERS if rows == "padded" else tuple(range(10, 80))
     with routed(model, hop_delimiters=ends, max_hops=6, **INJECTED[pruned]) as wrapped:
         if pruned == "skip":
-            # at 0.45 chameleon writes a word twice; in layer 0 both have one score but for rounding,
-            # which then says which of them a later hop keeps
+            # at 0.45 chameleon writes a word twice; in layer 0 both have one score but for
+            # rounding, which then says which of them a later hop keeps
             for router in controller_of(wrapped).routers:
                 router.thresholds.fill_(0.4)
         out = looped(model, inputs, featured, max_new_tokens=20)

@@ -93,11 +93,9 @@ class Recorder:
         self._counted: tuple[HeldCounts, list[list[int]]] | None = None
         for note in (*controller.notes, *controller.settings.notes):
             self.builder.note(note)
-        self._table = controller.table
-        whole = controller._local.whole
-        self._freezes = controller.config.pruned == "freeze"
-        counted = not (whole or self._freezes)
-        self._asked = _asked(controller.settings, controller.table) if counted else {}
+        self._table, self._freezes = controller.table, controller.config.pruned == "freeze"
+        whole = controller._local.whole or self._freezes
+        self._asked = {} if whole else _asked(controller.settings, controller.table)
 
     @classmethod
     def of(

@@ -9,10 +9,17 @@ import torch
 
 from dare_hf.compat import CACHE, checkpoints
 from dare_hf.engine import step
-from dare_hf.engine.masks import gather_mask, is_flash
+from dare_hf.engine.gathering import (
+    gathered_arguments,
+    key_view,
+    needs_gather,
+    slot_of,
+    stage,
+    tail_mask,
+    take_tokens,
+)
 from dare_hf.engine.plan import Plan, keep_all
 from dare_hf.errors import DareInputError, DareStateError
-from dare_hf.forward.facts import KeyView
 from dare_hf.hops.in_forward import restrict
 from dare_hf.routers.holder import mean_update_of, thresholds_of
 from dare_hf.routing.scores import HeadMean, local_mean
@@ -28,9 +35,6 @@ if TYPE_CHECKING:
     from dare_hf.cache import DareLayer
     from dare_hf.engine.controller import Controller
     from dare_hf.forward.facts import ForwardContext
-
-# Where a layer's keyword arguments count tokens; masks and caches are handled by name.
-_TOKEN_DIMENSION = {"position_ids": -1, "position_embeddings": -2}
 
 
 class KeysMade(Exception):
@@ -148,29 +152,29 @@ def routed_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
     hidden_states = plan.inputs(hidden_states, state.index)
     controller.remember_context(kwargs, context)
     if controller.anatomy.sources.count(state.index) > 1:
-        context.keys[state.index] = _key_view(state, context, plan, kwargs)
-    if plan.idle(context) and (slot := _slot(state, context, kwargs)) is not None:
+        context.keys[state.index] = key_view(state, context, plan, kwargs)
+    if plan.idle(context) and (slot := slot_of(state, context, kwargs)) is not None:
         passed = _passed_by(layer, state, context, hidden_states, slot)
         if passed is not None:
             return passed
     if controller.config.pruned == "freeze" and not plan.plain and context.span is not None:
         return _frozen_forward(layer, state, context, plan, hidden_states, kwargs)
-    _stage(state, context, plan, kwargs)
+    stage(state, context, plan, kwargs)
     reads = controller.keeps_queries(state.index) or context.inner_hops is not None
     reads = reads or controller.captures(state.index, context)
     context.capture_layer = state.index if reads else -1
-    if not _needs_gather(state, context, plan, kwargs):
+    if not needs_gather(state, context, plan, kwargs):
         output = state.inner(hidden_states, **kwargs)
         context.capture_layer = -1
         output = _scaled(state, plan, hidden_states, output)
         return _scatter(layer, state, context, output, hidden_states, plan)
     if plan.cut:
-        kwargs["attention_mask"] = _tail_mask(state, context, plan, kwargs)
+        kwargs["attention_mask"] = tail_mask(state, context, plan, kwargs)
         output = state.inner(hidden_states, **kwargs)
         context.capture_layer = -1
         return _scaled(state, plan, hidden_states, output)
-    gathered = _gather_kwargs(state, context, plan, kwargs)
-    rows = _take_tokens(hidden_states, plan.index, -2) if plan.index is not None else hidden_states
+    gathered = gathered_arguments(state, context, plan, kwargs)
+    rows = take_tokens(hidden_states, plan.index, -2) if plan.index is not None else hidden_states
     output = state.inner(rows, **gathered)
     context.capture_layer = -1
     output = _scaled(state, plan, rows, output)
@@ -200,10 +204,10 @@ def _frozen_forward(
             "the model under torch.no_grad(), or switch checkpointing off"
         )
     index, full = state.index, replace(keep_all(context), scores=plan.scores)
-    slot = _slot(state, context, kwargs)
+    slot = slot_of(state, context, kwargs)
     stored = None if slot is None or not slot.width else slot.scores()
-    context.keys[index] = replace(_key_view(state, context, full, kwargs), gathered=True)
-    _stage(state, context, full, kwargs)
+    context.keys[index] = replace(key_view(state, context, full, kwargs), gathered=True)
+    stage(state, context, full, kwargs)
     context.capture_layer, context.frozen = index, ()
     try:
         state.inner(hidden, **kwargs)
@@ -215,10 +219,10 @@ def _frozen_forward(
             "since. Call remove_dare(model), then apply_dare(model) again"
         )
     try:
-        gathered = _gather_kwargs(state, context, plan, kwargs) | {CACHE: None}
+        gathered = gathered_arguments(state, context, plan, kwargs) | {CACHE: None}
         context.column_scores = stored
         context.running = plan.take(context.positions(), fill=-1)
-        rows = _take_tokens(hidden, plan.index, -2) if plan.index is not None else hidden
+        rows = take_tokens(hidden, plan.index, -2) if plan.index is not None else hidden
         output = _scaled(state, plan, rows, state.inner(rows, **gathered))
     finally:
         context.capture_layer, context.frozen, context.running = -1, None, None
@@ -315,179 +319,6 @@ def _passed_by(
     return (hidden,) if state.returns else hidden
 
 
-def _slot(state: LayerState, context: ForwardContext, kwargs: dict[str, Any]) -> DareLayer | None:
-    """The layer's cache, where this forward has one."""
-    if context.cache is None or kwargs.get(CACHE) is None:
-        return None
-    return context.cache.layer(state.index)
-
-
-def _stage(state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[str, Any]) -> None:
-    """Tell the cache layer which tokens the coming update brings."""
-    slot = _slot(state, context, kwargs)
-    if slot is None:
-        return
-    if state.source != state.index:
-        slot.advance(context.past + context.length)
-        return
-    context.cached_before[state.index] = list(slot.kept_host) or [0] * context.batch
-    columns = None
-    if not (plan.plain and context.valid is None):
-        columns = plan.take(context.positions(), fill=-1)
-        slot.plain = slot.plain and plan.plain
-    scores = None
-    if plan.scores is not None:
-        scores = plan.take(plan.scores)
-    running = plan.running(context)
-    slot.stage(columns, context.past + context.length, running, scores)
-
-
-def _needs_gather(
-    state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[str, Any]
-) -> bool:
-    """Whether HF's logical arguments differ from what the layer will really see."""
-    if not plan.plain or context.capture_layer == state.index:
-        return True
-    if state.source != state.index:
-        return context.keys[state.source].gathered
-    slot = _slot(state, context, kwargs)
-    if slot is None:
-        return False
-    dense = slot.plain and slot.width == context.past
-    if dense:
-        return False
-    return slot.holes or kwargs.get("attention_mask") is not None or context.length > 1
-
-
-def _key_view(
-    state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[str, Any]
-) -> KeyView:
-    """This layer's keys of the coming attention, before its cache has them."""
-    slot = _slot(state, context, kwargs)
-    cached = slot.width if slot is not None else 0
-    return KeyView(
-        columns=_columns(context, plan, slot if cached else None),
-        cached=cached,
-        holes=plan.live is not None or (slot is not None and slot.holes),
-        gathered=_needs_gather(state, context, plan, kwargs),
-    )
-
-
-def _tail_mask(
-    state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[str, Any]
-) -> Any:
-    """The mask of the last columns, which is all that the layer got, over its source's keys."""
-    view, mask = context.keys[state.source], kwargs.get("attention_mask")
-    if context.capture_layer == state.index:
-        context.columns, context.column_scores = view.columns, None
-    if mask is None and not view.holes and plan.width == 1:
-        return None
-    rows = torch.arange(plan.width, device=context.device)[None]
-    return gather_mask(
-        mask,
-        rows,
-        view.columns,
-        past=context.past + context.length - plan.width,
-        holes=view.holes,
-        rows_live=plan.live,
-        causal=state.causal,
-        implementation=state.controller.base_implementation,
-        dtype=state.controller.dtype,
-    )
-
-
-def _gather_kwargs(
-    state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    result = dict(kwargs)
-    dims = {**_TOKEN_DIMENSION, **state.controller.token_kwargs}
-    for name, dim in dims.items():
-        if kwargs.get(name) is not None and plan.index is not None:
-            result[name] = _remembered(plan, plan.index, name, kwargs[name], dim)
-    flash = is_flash(state.controller.base_implementation)
-    if flash and "position_ids" in result and not state.reads_positions:
-        # it would read gaps as packed sequences (see `attention_functions`)
-        result["position_ids"] = None
-    result["attention_mask"] = _mask(state, context, plan, kwargs)
-    return result
-
-
-def _remembered(plan: Plan, index: Tensor, name: str, value: Any, dim: int) -> Any:
-    """Gather once per plan and argument; layers that reuse the plan share the result."""
-    key = (name, id(value))
-    if plan.gathered is not None and key in plan.gathered:
-        return plan.gathered[key][1]
-    if isinstance(value, (tuple, list)):
-        taken = tuple(_take_tokens(part, index, dim) for part in value)
-    else:
-        taken = _take_tokens(value, index, dim)
-    if plan.gathered is not None:
-        plan.gathered[key] = (value, taken)
-    return taken
-
-
-def _mask(state: LayerState, context: ForwardContext, plan: Plan, kwargs: dict[str, Any]) -> Any:
-    """The mask over the running rows and the physical columns, None where HF's would be."""
-    mask = kwargs.get("attention_mask")
-    view = context.keys.get(state.source) or _key_view(state, context, plan, kwargs)
-    if context.capture_layer == state.index:
-        slot = _slot(state, context, kwargs) if view.cached else None
-        own = slot is not None and state.source == state.index
-        context.columns, context.column_scores = view.columns, slot.scores() if own else None
-    alike = view.cached == 0 or plan.width == 1
-    if mask is None and not view.holes and alike and context.frozen is None:
-        return None
-    shared = view.cached == 0 and plan.gathered is not None
-    key = ("attention_mask", id(mask), state.causal)
-    if shared and key in plan.gathered:
-        return plan.gathered[key][1]
-    gathered = gather_mask(
-        mask,
-        plan.rows(context),
-        view.columns,
-        past=context.past,
-        holes=view.holes,
-        rows_live=None if plan.plain else plan.live,
-        causal=state.causal,
-        implementation=state.controller.base_implementation,
-        dtype=state.controller.dtype,
-    )
-    if shared:
-        plan.gathered[key] = (mask, gathered)
-    return gathered
-
-
-def _columns(context: ForwardContext, plan: Plan, slot: Any) -> Tensor:
-    """Long[B|1, C]: logical position of every physical key of the coming attention."""
-    if plan.index is None and plan.live is None:
-        end = context.past + context.length
-        new = torch.arange(context.past, end, device=context.device)[None]
-    else:
-        new = plan.take(context.positions(), fill=-1)
-    if slot is None:
-        return new
-    stored = slot.positions()
-    batch = max(stored.shape[0], new.shape[0])
-    return torch.cat([stored.expand(batch, -1), new.to(stored.device).expand(batch, -1)], dim=1)
-
-
-def _take_tokens(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
-    """Gather tokens of a tensor whose token dimension is `dim` and batch dimension before it.
-
-    The batch dimension may be 1, or further dimensions may stand before it (mrope).
-    """
-    dim = dim % tensor.ndim
-    if index.shape[0] == 1 and tensor.shape[dim - 1] == 1:
-        return tensor.index_select(dim, index[0].to(tensor.device))
-    shape = list(tensor.shape)
-    shape[dim - 1] = index.shape[0]
-    tensor = tensor.expand(shape)
-    view = [1] * tensor.ndim
-    view[dim - 1], view[dim] = index.shape
-    shape[dim] = index.shape[1]
-    return tensor.gather(dim, index.to(tensor.device).view(view).expand(shape))
-
-
 def _scaled(state: LayerState, plan: Plan, rows: Tensor, output: Any) -> Any:
     """The layer's update of each running token times its score, under score_scaling="multiply".
 
@@ -528,7 +359,7 @@ def _scatter(
 def _written(output: Tensor, hidden: Tensor, plan: Plan) -> Tensor:
     index = None if plan.index is None else plan.index.to(hidden.device)
     if plan.live is not None:
-        source = hidden if index is None else _take_tokens(hidden, index, -2)
+        source = hidden if index is None else take_tokens(hidden, index, -2)
         output = torch.where(plan.live.to(hidden.device)[..., None], output, source)
     if index is None:
         return output

@@ -9,6 +9,9 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+MOMENTUM = 0.05
+"""Share of a training forward in what follows it: mean updates, and thresholds."""
+
 
 def stale(hidden: Tensor, mean_update: Tensor | None, modality: Tensor) -> Tensor:
     """The hidden states of tokens that a layer passes by: as they are, or plus its mean update.

@@ -14,10 +14,10 @@ from dare_hf.routing.first import taken_first
 from dare_hf.routing.kinds import PAD, TEXT, VISION
 from dare_hf.routing.losses import group_means
 from dare_hf.routing.retention import budget
-from dare_hf.routing.selection import hop_prefix_mask, keep_mask
-from dare_hf.routing.stale import mean_updates
-from dare_hf.routing.thresholds import below, follow_quantiles, limits
+from dare_hf.routing.selection import keep_mask
+from dare_hf.routing.stale import MOMENTUM, mean_updates
 from dare_hf.simulation.competition import Competition, soft_gates
+from dare_hf.simulation.skipping import skips_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 Counts = list[list[list[int]]]  # [row][hop][text | vision]
 MODALITIES = (TEXT, VISION)
-UPDATE_MOMENTUM = 0.05
-"""Share of a training forward in the running mean of updates."""
 
 
 @dataclass
@@ -178,7 +176,7 @@ class Simulation:
         for vectors, sums, counts in self._updates:
             seen = (counts > 0)[:, None]
             mean = sums / counts.clamp(min=1)[:, None]
-            moved = torch.lerp(vectors, mean.to(vectors), UPDATE_MOMENTUM)
+            moved = torch.lerp(vectors, mean.to(vectors), MOMENTUM)
             vectors.copy_(torch.where(seen, moved, vectors))
 
     def close(self) -> None:
@@ -263,62 +261,20 @@ class Simulation:
             rows = self._span_budgets(index, hop, counts)
             hard = hard | self._keep(ranked.detach(), own, candidates & own, rows)
         run = hard | ~span
-        skips = self._skips(index, scores)
+        skips = skips_of(self, index, scores)
         if skips is not None:
-            run = run & ~skips[1]
+            run = run & ~skips.does
         gate = run.to(scores.dtype)
         if self.learns(index) and self.spans:
             competitions = self._span_competitions(index, candidates, forced)
             soft = torch.stack(soft_gates(ranked, competitions, self.config, self.tau)).sum(0)
             gate = torch.where(span, gates.straight_through(hard, soft), 1.0)
         if skips is not None:
-            gate = self._skip_gate(index, scores, *skips, gate)
+            gate = skips.gates(gate) if self.learns(index) else gate
         if before is not None:
             gate = gate * before.gate
         self._note(index, scores)
         return Route(run, gate, scores, ranked)
-
-    def _skips(self, index: int, scores: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Bool[B, S] twice: sampled tokens that could skip the layer, and those that do.
-
-        None where none can. In training the thresholds follow the scores first.
-        """
-        config, context = self.config, self.context
-        if config.decode != "routed" or self.routers is None or index == len(self.routers) - 1:
-            return None
-        thresholds = self.routers[index].thresholds
-        assert thresholds is not None
-        real = context.modality >= 0
-        first = hop_prefix_mask(real, context.token_hop, max(config.prefix_tokens, 1))
-        could = real & ~context.span_and_forced()[0] & ~first
-        if context.always is not None:
-            could = could & ~context.always
-        facts = (context.token_hop, context.modality)
-        trains = UPDATE_MOMENTUM if self.training and self.learns(index) else None
-        step = trains if self.threshold_step is None else self.threshold_step
-        if step is not None:
-            rates = self._threshold_rates(index)
-            follow_quantiles(thresholds, scores.detach(), could, *facts, rates, step)
-        return could, could & below(scores.detach(), thresholds, *facts).to(could.device)
-
-    def _threshold_rates(self, index: int) -> list[list[float]]:
-        """[rows][text, vision] rates of a layer, by row of the table."""
-        thresholds = self.routers[index].thresholds if self.routers else None
-        rows = 0 if thresholds is None else len(thresholds)
-        return [[self.table.rate(hop, index, m) for m in MODALITIES] for hop in range(rows)]
-
-    def _skip_gate(
-        self, index: int, scores: Tensor, could: Tensor, does: Tensor, gate: Tensor
-    ) -> Tensor:
-        """The gates with those of sampled tokens, soft around the threshold."""
-        if not self.learns(index) or self.routers is None:
-            return gate
-        thresholds = self.routers[index].thresholds
-        assert thresholds is not None
-        context = self.context
-        limit = limits(thresholds, context.token_hop, context.modality).to(scores)
-        soft = torch.sigmoid((scores - limit) / self.config.soft_temperature)
-        return torch.where(could, gates.straight_through(~does, soft), gate)
 
     def _scores(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
         if self.routers is not None and self.config.scorer == "router":
