@@ -230,6 +230,19 @@ def test_files_hold_the_vectors_and_say_so(tmp_path):
         apply_dare(base, str(tmp_path / "without"))
 
 
+def test_means_alone_are_fitted_for_another_scorer(told):
+    model, seen = tiny_model("llava"), []
+    config = DareConfig(scorer="attention", schedule="ramp", mean_update=True)
+    batches = [inputs_of(model, (0,), seed=0)]
+    wrapped = fit_router(model, batches, config, max_new_tokens=3, details=seen.append)
+    assert all(router.mean_update[0].any() for router in controller_of(wrapped).routers)
+    assert (seen[0].explained, seen[0].tried) == ([], {})
+    assert not any("rank" in line for line in told)
+    wrapped.unload()
+    with pytest.raises(DareConfigError, match=r"scorer: .*mean_update"):
+        fit_router(model, batches, DareConfig(scorer="attention"))
+
+
 def test_what_cannot_be_is_refused():
     with pytest.raises(DareConfigError, match=r"mean_update.*auto"):
         DareConfig(mean_update="yes")

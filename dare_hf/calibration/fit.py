@@ -40,7 +40,8 @@ class Calibration:
 
     Attributes:
         explained: Per layer (text, vision): share of the variance of log importance that the router
-            explains on prompts it was not fitted to; 0 or less means nothing was learned.
+            explains on prompts it was not fitted to; 0 or less means nothing was learned. Empty
+            where another scorer decides.
         vision_shares: Per layer, share of its attention that text puts on vision.
         cut_layer: The first layer where that share falls under half its maximum; None where there
             is none with a layer behind it.
@@ -153,9 +154,11 @@ def _fit(
     if config.scorer == "router":
         divergence = Divergence(routed, controller, complete)
         tried = _choose(controller, seen, divergence)
-    fits = seen.fits[min(tried, key=tried.__getitem__).split()[0] if tried else OWN]
-    explained = _write_routers(controller, fits) if tried else []
-    _warn_unseen(fits)
+    fits, explained = seen.fits[OWN], []
+    if tried:
+        fits = seen.fits[min(tried, key=tried.__getitem__).split()[0]]
+        explained = _write_routers(controller, fits)
+        _warn_unseen(fits)
     cut = measure_cut_layer(shares)
     if cut is not None and config.cut_layer == "auto":
         config.cut_layer = cut
