@@ -17,7 +17,7 @@ from dare_hf.conformance import Kind, architectures, run_row, runner
 from dare_hf.conformance.laws import LawBroken, identity, oracle
 from dare_hf.conformance.page import expected, renewed
 from dare_hf.conformance.subject import Subject
-from dare_hf.engine import masks, routed_layer
+from dare_hf.engine import gathering, masks, routed_layer
 from dare_hf.errors import DareInputError, UnsupportedModelError
 
 FAST = {"qwen3_vl", "idefics3", "mllama", "qwen3_5", "kimi_k25", "blip-2", "paligemma", "udop"}
@@ -133,18 +133,19 @@ def shifted_positions(found):
 @pytest.mark.parametrize(
     ("where", "name", "mutation"),
     [
-        (routed_layer, "_columns", shifted),
-        (routed_layer, "_take_tokens", reversed_tokens),
-        (routed_layer, "_remembered", shifted_positions),
-        (masks, "_take", shifted),
+        ([gathering], "_columns", shifted),
+        ([gathering, routed_layer], "take_tokens", reversed_tokens),
+        ([gathering], "_remembered", shifted_positions),
+        ([masks], "_take", shifted),
     ],
     ids=["mask columns", "tokens", "positions", "mask rows"],
 )
 def test_a_wrong_gather_is_found(monkeypatch, where, name, mutation):
     """The laws can fail: mutate what gathers, and the row breaks."""
-    subject, right = Subject.of("llava"), getattr(where, name)
+    subject, right = Subject.of("llava"), getattr(where[0], name)
     identity(subject)
-    monkeypatch.setattr(where, name, lambda *args, **kwargs: mutation(right(*args, **kwargs)))
+    for module in where:
+        monkeypatch.setattr(module, name, lambda *a, **kw: mutation(right(*a, **kw)))
     with pytest.raises((LawBroken, RuntimeError, IndexError)):
         oracle(subject)
 
