@@ -15,7 +15,7 @@ from dare_hf import DareConfig, cli
 from dare_hf.assets import backbone, board
 from dare_hf.demo import arms, embedded, picture
 from dare_hf.demo.comparison import compare
-from dare_hf.errors import DareError, DareInputError
+from dare_hf.errors import DareInputError
 from dare_hf.evaluation import Arm, measure
 from dare_hf.evaluation.phases import watched
 from dare_hf.evaluation.suite import TASKS
@@ -134,7 +134,8 @@ def test_seconds_are_split_by_columns_and_memory_is_what_is_held() -> None:
         device, held = torch.device("cpu"), None
 
         def forward(self, input_ids: torch.Tensor) -> None:
-            self.held = torch.ones(50_000_000)  # 200 MB
+            if input_ids.shape[1] > 1:
+                self.held = torch.ones(50_000_000)  # 200 MB, let go of before the end
 
     model = Model()
     with watched(model) as watch:
@@ -149,36 +150,3 @@ def test_seconds_are_split_by_columns_and_memory_is_what_is_held() -> None:
     assert watch.peak_bytes is None or 150e6 < watch.peak_bytes < 300e6
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The pretrained one, put together anew."""
-    if not board.is_shipped():
-        pytest.skip("this tree has no trained weights of dare-board")
-    try:
-        backbone.gguf_file()
-    except DareError as error:
-        pytest.skip(str(error))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "HF_HOME", str(tmp_path_factory.mktemp("home")))
-        yield embedded.load_runner("board")
-
-
-@pytest.mark.extras
-def test_the_pretrained_model_answers_and_is_pruned(real: Any) -> None:
-    items = real.sample(12, "easy", 0)
-    arm = arms.demo_arm("board", real.processor, (), adapter=None, training_free=False)
-    result = compare(real, items, arm)
-    assert result.full.score.unparsed == 0
-    assert result.full.score.accuracy > 0.5
-    assert result.dare.score.unparsed < 0.5
-    assert result.to_dict()["kv_ratio"] < 0.6
-
-
-@pytest.mark.extras
-def test_a_blank_board_is_answered_by_chance(real: Any) -> None:
-    items = real.sample(24, "easy", 0)
-    shown = TASKS["board"].control("blank", items)
-    found = board_run.score(board_run.solve(real.model, real.processor, items, 8, pictures=shown))
-    assert found.accuracy < 0.5
