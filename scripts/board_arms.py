@@ -59,7 +59,7 @@ def run_training(args: argparse.Namespace, folder: Path) -> None:
         task=("board",),
         dare=dare,
         lora=LORA,
-        calibrate=16 if dare is not None and "scorer" not in dare else 0,
+        calibrate=args.calibrate if dare is not None and "scorer" not in dare else 0,
         rate_margin=0.1,
         steps=args.steps,
         batch_size=BATCH,
@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--calibrate", type=int, default=16, help="examples to fit routers on")
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--split", choices=["easy", "hard"], default="easy")

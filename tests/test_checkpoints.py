@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 from peft_runs import LEARNED, add_quietly, lora
 from router_runs import FIELDS
-from test_trainer import logs_of, trained_parameters, trainer_of
+from trainer_runs import logs_of, trained_parameters, trainer_of
 
 from dare_hf import DareConfig
 from dare_hf.errors import AdapterMismatchError, DareStateError

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hop_runs import DELIMITER, LONG, SPECIAL_IDS, closing, new_tokens
 from laws import FP32_TOLERANCE, assert_close, dare, generate, inputs_of, shared_model
-from torch.utils._python_dispatch import TorchDispatchMode
+from operations import Operations
 
 from dare_hf import DareCache, DareConfig, apply_dare, last_report, register_scorer, remove_dare
 from dare_hf.cache import DareLayer
@@ -54,18 +54,6 @@ def test_no_token_is_scored_where_no_hop_can_close(rates, calls):
     with dare(model, scorer="counted", **fields):
         generate(model, inputs, return_dict_in_generate=False, output_logits=False)
     assert set(counts.values()) == ({1} if rates < 1 else set())
-
-
-class Operations(TorchDispatchMode):
-    """Counts operations that compute, views left out."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
 
 
 def step_operations(model, inputs, steps=8) -> list[int]:

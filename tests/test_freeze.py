@@ -17,9 +17,9 @@ from laws import (
     rows_of,
     shared_model,
 )
+from oracle_runs import oracle_model, routing_of
+from parity_runs import hold_steps
 from router_runs import controller_of, routed, trainee, written_batch
-from test_laws_oracle import oracle_model, routing_of
-from test_train_parity import hold_steps
 
 from dare_hf import DareCache, DareConfig, apply_dare, last_report
 from dare_hf.cache.ring import RING

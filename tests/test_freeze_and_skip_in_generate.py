@@ -8,7 +8,7 @@ import pytest
 import torch
 from laws import dare, generate, inputs_of, rows_of, shared_model
 from router_runs import controller_of, routed
-from test_routed_decode import skipping, thresholds_for
+from skipping_runs import skipping, thresholds_for
 
 from dare_hf import last_report
 from dare_hf.compat import cache_of

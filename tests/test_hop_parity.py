@@ -1,10 +1,10 @@
 """Hops in one full-length forward: what a step-by-step generate with compaction computes."""
 
-import functools
 import itertools
 
 import pytest
 import torch
+from hop_parity_runs import LAYERS, hold_steps, oracle_rules, steps_for, unpatched
 from hop_runs import BY_WORD, LONG, PRUNED, closing, held, new_tokens
 from laws import (
     BATCHES,
@@ -21,19 +21,14 @@ from laws import (
 
 from dare_hf import DareCache, register_scorer
 from dare_hf.compat import CACHE, cache_of
-from dare_hf.routing.retention import build_table
 from dare_hf.testing import (
     HopRules,
-    OracleRouting,
     hop_forward,
     masked_forward,
-    tiny_model,
     token_hops,
     written_inputs,
 )
 
-LAYERS = 4
-STEPS = {1: [[3, 4, 11, 16]], 3: [[2, 9], [5, 6, 7, 15], [0, 12]]}
 """Where the rows close their hops: two at once, one after another, at the first token."""
 
 ROUTINGS = {
@@ -64,15 +59,6 @@ def marked(name: str, key: str, rows: str, *, fast: bool):
     return pytest.param(name, key, rows, marks=marks, id=f"{name}-{key}-{rows}")
 
 
-@functools.cache
-def unpatched(name: str):
-    return tiny_model(name)
-
-
-def steps_for(inputs):
-    return STEPS[len(inputs["input_ids"])]
-
-
 def even_scores(hidden, modality, **kwargs):
     """The content's score without its last bits: one word twice is a tie in every gemm shape."""
     return (hashed_scores(hidden, modality, **kwargs) * 4096).round() / 4096
@@ -80,37 +66,6 @@ def even_scores(hidden, modality, **kwargs):
 
 EVEN = "test_even"
 register_scorer(EVEN, even_scores)
-
-
-def oracle_rules(fields) -> tuple[OracleRouting, HopRules]:
-    """Say in the oracle's words what a config asks for."""
-    hop_aware = fields.get("hop_aware", True)
-    table = build_table(
-        LAYERS,
-        schedule=fields.get("schedule", "constant"),
-        vision_retention=fields["vision_retention"],
-        text_retention=fields["text_retention"],
-        plan_every=fields.get("plan_every", 1),
-        first_whole=fields.get("first_layers_whole", 0),
-        max_hops=fields.get("max_hops", 8) if hop_aware else 1,
-        hop_decay=fields["hop_decay"] if hop_aware else 1.0,
-    )
-    pairs = [list(zip(*rows, strict=True)) for rows in zip(table.vision, table.text, strict=True)]
-    routing = OracleRouting(
-        rates=pairs[0],
-        plan_layers=table.plan_layers,
-        prefix_tokens=fields.get("prefix_tokens", 2),
-        always_keep=fields.get("always_keep_token_ids", ()),
-        pruned=fields.get("pruned", "bypass"),
-    )
-    hops = HopRules(
-        rates=pairs,
-        delimiters=[(token,) for token in fields["hop_delimiters"]],
-        window=fields.get("decode_window"),
-        pooled=fields.get("hop_budget", "pooled") == "pooled",
-        cap=fields.get("max_kv_tokens"),
-    )
-    return routing, hops
 
 
 def routing_cases():
@@ -138,13 +93,6 @@ def test_generate_with_hops_is_the_oracle(name, routing, rows):
         zip(held(cache, written["input_ids"].shape[1]), oracle.held, strict=True)
     ):
         assert ours.tolist() == theirs.tolist(), f"layer {layer} keeps other tokens"
-
-
-def hold_steps(out, logits, span, *, what):
-    """Hold every step of a generate to a full-length forward's logits [B, S, V]."""
-    for step, step_logits in enumerate(out.logits):
-        theirs = logits[:, span - 1 + step].to(step_logits.dtype)
-        assert_close(step_logits, theirs, tolerance=FP32_TOLERANCE, what=f"{what}: step {step}")
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)

@@ -1,10 +1,9 @@
 """Masks and kernels: sdpa stays maskless, flash and flex give what sdpa gives, nothing is S x S."""
 
-import contextlib
-
 import flash_stand_in
 import pytest
 import torch
+from attention_runs import text_attention
 from laws import (
     BATCHES,
     FP32_TOLERANCE,
@@ -17,10 +16,7 @@ from laws import (
     generate,
     inputs_of,
 )
-from torch.nn.attention import flex_attention as torch_flex
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import masking_utils
-from transformers.integrations import flex_attention as flex_glue
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dare_hf import last_report
@@ -34,17 +30,6 @@ MASKLESS = ("llava", "qwen2_5_vl", "chameleon")
 FLASH = ("llava", "qwen2_5_vl", "chameleon")
 """Models whose images flash attention can run: Gemma's bidirectional blocks it cannot."""
 SCORERS = ("attention", SCORER)
-
-
-@contextlib.contextmanager
-def text_attention(model, implementation: str):
-    """Let the text model alone use another attention."""
-    config = model.config.get_text_config()
-    before, config._attn_implementation = config._attn_implementation, implementation
-    try:
-        yield model
-    finally:
-        config._attn_implementation = before
 
 
 @pytest.fixture
@@ -169,25 +154,6 @@ def test_flash_leaves_sliding_layers_unpruned_and_says_so(rows, monkeypatch):
     for layer, kind in enumerate(kinds):
         assert (kept[layer] == real).all() == (kind == "sliding_attention")
     assert any("sliding" in note and "flash" in note for note in report.notes)
-
-
-@pytest.fixture
-def flex(monkeypatch):
-    """Let flex attention run uncompiled: its block masks as they are, without a compiler."""
-
-    class Uncompiled:
-        def __init__(self, training):
-            pass
-
-        def __call__(self):
-            return torch_flex.flex_attention
-
-    def block_mask(*args, _compile=False, **kwargs):
-        return torch_flex.create_block_mask(*args, **kwargs)
-
-    monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    monkeypatch.setattr(flex_glue, "WrappedFlexAttention", Uncompiled)
-    monkeypatch.setattr(masking_utils, "create_block_mask", block_mask)
 
 
 @pytest.mark.filterwarnings("ignore:_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG is set")

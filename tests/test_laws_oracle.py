@@ -1,7 +1,5 @@
 """Law 2: the compact execution equals the masked oracle, whole prompts and then step by step."""
 
-import functools
-
 import pytest
 import torch
 from laws import (
@@ -21,22 +19,19 @@ from laws import (
     rows_of,
     shared_model,
 )
+from oracle_runs import LAYERS, oracle_model, routing_of
 
-from dare_hf import DareCache, DareConfig
+from dare_hf import DareCache
 from dare_hf.compat import CACHE, cache_of
-from dare_hf.routing.retention import build_table
 from dare_hf.testing import (
-    OracleRouting,
     collate,
     decoder_layers,
     masked_forward,
     modality_of,
     oracle_forward,
-    tiny_model,
     written_inputs,
 )
 
-LAYERS = 4
 LISTED = ((1.0, 1.0), (0.6, 0.8), (0.3, 0.9), (0.5, 0.4))
 ROUTINGS = {
     "constant": {"vision_retention": 0.4, "text_retention": 0.7},
@@ -58,27 +53,6 @@ FAST = {"constant", "drop", "every_2_two_stage", "equal"}
 """Routings every model is held to in the fast set; the others run on one model there."""
 
 
-def routing_of(fields: dict) -> OracleRouting:
-    """Say in the oracle's words what a config asks for."""
-    asked = DareConfig(**{"schedule": "constant", **fields})
-    table = build_table(
-        LAYERS,
-        schedule=asked.schedule,
-        vision_retention=asked.vision_retention,
-        text_retention=asked.text_retention,
-        cut_layer=fields.get("cut_layer", "auto"),
-        plan_every=fields.get("plan_every", 1),
-    )
-    return OracleRouting(
-        rates=[(table.rate(0, layer, 1), table.rate(0, layer, 0)) for layer in range(LAYERS)],
-        plan_layers=table.plan_layers,
-        prefix_tokens=fields.get("prefix_tokens", 2),
-        always_keep=fields.get("always_keep_token_ids", ()),
-        pruned=fields.get("pruned", "bypass"),
-        batch_budget=fields.get("batch_budget", "row"),
-    )
-
-
 def cases(attention: str):
     for name in TINY_MODELS:
         for key in ROUTINGS:
@@ -86,12 +60,6 @@ def cases(attention: str):
             sdpa_fast = key in FAST or name == "qwen2_5_vl"
             marks = () if (eager_fast if attention == "eager" else sdpa_fast) else pytest.mark.slow
             yield pytest.param(name, key, marks=marks, id=f"{name}-{key}")
-
-
-@functools.cache
-def oracle_model(name: str, attention: str, dtype: torch.dtype, seed: int = 0):
-    """Return the same model as the shared one, never patched."""
-    return tiny_model(name, attn_implementation=attention, dtype=dtype, seed=seed)
 
 
 def hold_to_oracle(name, attention, dtype, inputs, fields, tolerance, seed=0):

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hop_parity_runs import hold_steps, oracle_rules, steps_for, unpatched
 from hop_runs import BY_WORD, closing, held
 from laws import (
     BATCHES,
@@ -20,7 +21,6 @@ from laws import (
     shared_model,
 )
 from peft_runs import adapted
-from test_hop_parity import hold_steps, oracle_rules, steps_for, unpatched
 
 from dare_hf import DareConfig, last_report
 from dare_hf.compat import cache_of

@@ -1,7 +1,5 @@
 """Law 7: remove_dare gives back the very model, also after an exception mid-forward."""
 
-import copy
-
 import pytest
 import torch
 from laws import (
@@ -14,61 +12,13 @@ from laws import (
     hashed_scores,
     inputs_of,
 )
+from snapshots import hold_same, snapshot, warm
 
 from dare_hf import DareConfig, apply_dare, dare_disabled, register_scorer, remove_dare
 from dare_hf.testing import decoder_layers, tiny_model
 
 SCORERS = ("attention", "random", "key_norm", "position", SCORER)
-RUN_STATE = {"rope_deltas"}
 """What HF itself writes on a module in every run."""
-
-
-def attributes(module) -> dict[str, object]:
-    """Return each attribute of a module as something that compares by identity or value."""
-    seen: dict[str, object] = {"class": type(module)}
-    for key, value in vars(module).items():
-        if key in RUN_STATE:
-            continue
-        if isinstance(value, dict):  # hooks, parameters, buffers, submodules
-            seen[key] = [(name, id(entry)) for name, entry in value.items()]
-        else:
-            seen[key] = id(value)
-    return seen
-
-
-def snapshot(model) -> dict[str, object]:
-    """Return everything that apply_dare could have changed."""
-    configs = {"": model.config, "text": model.config.get_text_config()}
-    configs["generation"] = model.generation_config
-    if hasattr(model.config, "vision_config"):
-        configs["vision"] = model.config.vision_config
-    return {
-        "modules": {name: attributes(module) for name, module in model.named_modules()},
-        "configs": {name: copy.deepcopy(vars(config)) for name, config in configs.items()},
-        "attention": {
-            name: module.config._attn_implementation
-            for name, module in model.named_modules()
-            if hasattr(module, "config")
-        },
-        "state": list(model.state_dict()),
-        "forward": {name: id(m.forward.__func__) for name, m in model.named_modules() if name},
-        "generate": model.generate.__func__,
-    }
-
-
-def warm(model, inputs) -> torch.Tensor:
-    """Let HF install its lazy output-capture hooks, and return the plain logits."""
-    forward(model, inputs, output_hidden_states=True)
-    generate(model, inputs)
-    return forward(model, inputs).logits
-
-
-def hold_same(before, after):
-    for part in before:
-        if isinstance(before[part], dict):
-            for key in before[part]:
-                assert after[part].get(key) == before[part][key], f"{part} of {key!r} changed"
-        assert after[part] == before[part], f"{part} changed"
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 from laws import forward, inputs_of
+from parity_runs import hold_steps
 from router_runs import FIELDS, written_batch
-from test_train_parity import hold_steps
-from test_trainer import logs_of, trained_parameters, trainer_of
+from trainer_runs import logs_of, trained_parameters, trainer_of
 
 from dare_hf import DareConfig, apply_dare
 from dare_hf.testing import tiny_model

@@ -14,10 +14,10 @@ from laws import (
     hashed_scores,
     inputs_of,
 )
+from oracle_runs import oracle_model, routing_of
+from parity_runs import hold_steps
 from peft import PeftModel
 from router_runs import controller_of, routed, trainee, written_batch
-from test_laws_oracle import oracle_model, routing_of
-from test_train_parity import hold_steps
 
 from dare_hf import DareConfig, apply_dare, remove_dare
 from dare_hf.calibration import fit_router

@@ -22,7 +22,7 @@ from peft_runs import (
     tokens,
 )
 from safetensors.torch import load_file, save_file
-from test_laws_remove import hold_same, snapshot
+from snapshots import hold_same, snapshot
 from transformers import AutoModelForImageTextToText
 
 from dare_hf import DareConfig, apply_dare, remove_dare

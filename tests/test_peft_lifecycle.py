@@ -17,7 +17,7 @@ from peft_runs import (
     saved,
     tokens,
 )
-from test_laws_remove import hold_same, snapshot, warm
+from snapshots import hold_same, snapshot, warm
 
 from dare_hf import DareConfig, apply_dare, dare_disabled, last_report, remove_dare
 from dare_hf.errors import DareStateError

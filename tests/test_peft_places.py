@@ -6,7 +6,7 @@ import torch
 from laws import forward, inputs_of
 from peft import PeftModel, get_peft_model
 from peft_runs import LEARNED, adapted, routers, saved, tokens
-from test_laws_remove import hold_same, snapshot
+from snapshots import hold_same, snapshot
 
 from dare_hf import DareConfig, apply_dare, remove_dare
 from dare_hf.errors import DareConfigError, DareStateError, UnsupportedModelError

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from laws import dare
-from test_decode_step import Operations
+from operations import Operations
 
 from dare_hf.benchmark.random_llava import Setting, build_inputs, build_model
 from dare_hf.compat import CACHE

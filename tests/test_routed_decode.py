@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from hop_runs import BY_WORD
 from laws import BATCHES, FP32_TOLERANCE, assert_close, generate, inputs_of, rows_of
+from oracle_runs import oracle_model
+from parity_runs import hold_steps
 from router_runs import controller_of, routed, trainee, written_batch
-from test_laws_oracle import oracle_model
-from test_train_parity import hold_steps
+from skipping_runs import skipping
 
 from dare_hf import DareConfig, apply_dare, last_report
 from dare_hf.cache.hop_counters import counters_of
@@ -34,22 +33,6 @@ from dare_hf.testing import (
 )
 
 MODELS = ("llava", "qwen2_5_vl", "chameleon")
-
-
-def thresholds_for(routers, low: float = 0.3, high: float = 0.7, seed: int = 0) -> None:
-    """Thresholds that some scores of sharp routers are under and some over."""
-    generator = torch.Generator().manual_seed(seed)
-    for router in routers:
-        drawn = torch.rand(router.thresholds.shape, generator=generator)
-        router.thresholds.copy_(low + (high - low) * drawn)
-
-
-@contextmanager
-def skipping(name: str, thresholds: dict | None = None, **fields):
-    """A model with sharp routers whose sampled tokens skip layers."""
-    with routed(trainee(name), decode="routed", **fields) as model:
-        thresholds_for(controller_of(model).routers, **(thresholds or {}))
-        yield model
 
 
 @pytest.mark.parametrize("rows", BATCHES)

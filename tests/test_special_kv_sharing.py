@@ -5,7 +5,7 @@ from dataclasses import replace
 import flash_stand_in
 import pytest
 import torch
-from test_laws_attention import flex, text_attention  # noqa: F401
+from attention_runs import flex, text_attention  # noqa: F401
 
 from dare_hf import DareCache, DareConfig, last_report
 from dare_hf.architectures.locate import locate

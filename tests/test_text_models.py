@@ -5,9 +5,9 @@ from dataclasses import replace
 import flash_stand_in
 import pytest
 import torch
+from attention_runs import text_attention
 from peft import PeftModel
 from peft_runs import adapted
-from test_laws_attention import text_attention
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache
 

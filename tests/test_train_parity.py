@@ -17,8 +17,9 @@ from laws import (
     rows_of,
     shared_model,
 )
+from loop_runs import DELIMITERS, Featured, assert_steps_are, looped, recomputed
+from parity_runs import hold_steps
 from router_runs import STEPS, controller_of, routed, trainee, written_batch
-from test_hop_loop import DELIMITERS, Featured, assert_steps_are, looped, recomputed
 
 from dare_hf import last_report
 from dare_hf.compat import cache_of
@@ -49,13 +50,6 @@ ROUTINGS = {
     "multiply": {"score_scaling": "multiply"},
     "multiply_drop": {"score_scaling": "multiply", "pruned": "drop"},
 }
-
-
-def hold_steps(out, logits, span, *, what):
-    """Hold every step of a generate to a full-length forward's logits [B, S, V]."""
-    for step, step_logits in enumerate(out.logits):
-        theirs = logits[:, span - 1 + step].to(step_logits.dtype)
-        assert_close(step_logits, theirs, tolerance=FP32_TOLERANCE, what=f"{what}: step {step}")
 
 
 def marked(*values, fast: bool):

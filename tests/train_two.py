@@ -19,7 +19,7 @@ from transformers import LlavaForConditionalGeneration
 sys.path.insert(0, str(Path(__file__).parent))
 warnings.filterwarnings("ignore")
 
-from test_trainer import logs_of, routed_model, trained_parameters, trainer_of  # noqa: E402
+from trainer_runs import logs_of, routed_model, trained_parameters, trainer_of  # noqa: E402
 
 from dare_hf.training import end_processes  # noqa: E402
 from dare_hf.training.quantized import quantization_config  # noqa: E402
