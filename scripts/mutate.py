@@ -220,7 +220,7 @@ def wilson(killed: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def default_tests() -> list[Path]:
-    tests = sorted((ROOT / "tests").glob("test_*.py"))
+    tests = sorted((ROOT / "tests").glob("*/test_*.py"))
     return [test for test in tests if test.stem.removeprefix("test_") not in NOT_TESTS]
 
 

@@ -1,7 +1,8 @@
 """A script: fails when `import dare_hf` changes torch, transformers or peft, or loads too much.
 
 Everything that dare_hf imports from elsewhere is imported first, so that only its own doing is
-compared. Run by tests/test_packaging.py on the source tree and by .ci/check_wheel on the wheel.
+compared. Run by tests/package/test_packaging.py on the source tree, by .ci/check_wheel on the
+wheel.
 """
 
 import contextlib

@@ -12,7 +12,7 @@ import yaml
 
 import dare_hf
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # As pip writes it, and then what was loaded.
 SCRIPT = """

@@ -18,7 +18,7 @@ from dare_hf.generation import crop_pixels
 from dare_hf.tasks import scene, scene_render, vocot
 
 SIZE_LIMIT = 8 * 2**20
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture(scope="module")

@@ -199,7 +199,7 @@ def test_what_is_shipped_says_how_it_was_made_and_fits(model: str, name: str) ->
 
 
 def test_the_script_ships_an_adapter_without_paths(shipped, monkeypatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
     from ship_adapter import ship
 
     folder = ship(shipped, "volcano", "dare-new")

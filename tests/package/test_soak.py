@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(VERSION < (5, 23), reason="prefill chunks are re
 
 @pytest.fixture
 def soak(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
     return pytest.importorskip("soak", reason="the scripts are not in this tree")
 
 

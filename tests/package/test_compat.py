@@ -20,7 +20,7 @@ from dare_hf.errors import DareInputError, DareStateError, UnsupportedModelError
 from dare_hf.testing import tiny_inputs, tiny_model
 from dare_hf.training import add_adapter
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_range_of_versions_is_declared_and_run():

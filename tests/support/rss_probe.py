@@ -1,8 +1,8 @@
 """A script: what a process holds while a generate goes through thirteen hops, as JSON lines.
 
 Small weights and large keys and values (32 KiB a token), so that the cache is most of what a run
-holds. Run by tests/test_hop_rss.py in processes of its own, since an allocator that has worked
-before keeps what others freed. Also by hand: python tests/rss_probe.py pruned|kept|leaking
+holds. Run by tests/hops/test_hop_rss.py in processes of its own, since an allocator that has worked
+before keeps what others freed. Also by hand: python tests/support/rss_probe.py pruned|kept|leaking
 """
 
 import gc

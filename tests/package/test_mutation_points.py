@@ -10,14 +10,14 @@ SOURCES = ["routing/selection.py", "cache/columns.py", "hops/eviction.py", "engi
 
 @pytest.fixture
 def mutation_points(monkeypatch):
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     monkeypatch.syspath_prepend(str(root / "scripts"))
     return pytest.importorskip("mutation_points", reason="the scripts are not in this tree")
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_every_change_is_another_program(mutation_points, name):
-    source = (Path(__file__).parents[1] / "dare_hf" / name).read_text()
+    source = (Path(__file__).parents[2] / "dare_hf" / name).read_text()
     found = mutation_points.points(source)
     assert len(found) > 50
     texts = [mutation_points.mutate(source, point) for point in found]

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dare_hf.testing import tiny_model
 from dare_hf.training import end_processes
 
-SCRIPT = Path(__file__).parent / "train_two.py"
+SCRIPT = Path(__file__).parents[1] / "support" / "train_two.py"
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 RECIPE = """
 model: volcano

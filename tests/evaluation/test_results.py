@@ -11,7 +11,7 @@ from dare_hf.errors import DareInputError
 from dare_hf.evaluation.paired import mcnemar
 from dare_hf.evaluation.results import COLUMNS, read_results, results_page
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def _line(**more):

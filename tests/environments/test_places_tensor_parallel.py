@@ -14,7 +14,7 @@ import torch
 from peft_runs import adapted
 from places import PRUNED, assert_same_trace, place_model
 
-SCRIPT = Path(__file__).parent / "places_two.py"
+SCRIPT = Path(__file__).parents[1] / "support" / "places_two.py"
 PROCESSES = 2
 LOGITS = 5e-5
 """The sums over heads and over the MLP are made of two parts: 1e-5 on logits of 10."""

@@ -13,7 +13,7 @@ from dare_hf.testing import tiny_model
 
 @pytest.fixture
 def fuzz(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
     return pytest.importorskip("fuzz", reason="the scripts are not in this tree")
 
 

@@ -29,7 +29,7 @@ def measured(mode: str) -> list[dict]:
     """Run the probe in a process whose allocator gives freed tensors back at once."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("rss_probe.py")), mode],
+        [sys.executable, str(Path(__file__).parents[1] / "support" / "rss_probe.py"), mode],
         capture_output=True,
         text=True,
         timeout=RUN_SECONDS,

@@ -12,7 +12,7 @@ import pytest
 
 import dare_hf
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dare_hf"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
@@ -56,7 +56,9 @@ def test_config_page_has_every_field() -> None:
 
 def test_import_is_inert() -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "inert_import.py")], capture_output=True, text=True
+        [sys.executable, str(ROOT / "tests" / "support" / "inert_import.py")],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -10,7 +10,7 @@ from dare_hf.compat import cache_of
 from dare_hf.errors import DareStateError
 from dare_hf.testing import tiny_inputs, tiny_model
 
-FOLDER = str(Path(__file__).parents[1] / "examples" / "custom_generate")
+FOLDER = str(Path(__file__).parents[2] / "examples" / "custom_generate")
 FIELDS = {"vision_retention": 0.4, "schedule": "constant"}
 
 

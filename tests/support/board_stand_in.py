@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dare_hf.tasks import board
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<gh_stars>"]
 SIDE = 12
 

@@ -21,7 +21,7 @@ from dare_hf.recipes.data import JsonLines, ResponseCollator, TaskStream, datase
 from dare_hf.tasks import maze, mvot
 
 GOOD = "model: anole\nout: x\ntask: maze\n"
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.parametrize("name", ["router.yaml", "router_lora.yaml"])

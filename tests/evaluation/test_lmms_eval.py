@@ -17,7 +17,7 @@ from dare_hf.assets import model_path
 from dare_hf.errors import DareConfigError, DareInputError
 from dare_hf.tasks import scene, scene_render
 
-PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 VOLCANO = str(model_path("dare-tiny-volcano"))
 ITEMS = scene.sample(4, "easy", seed=3)
 DOCS = [

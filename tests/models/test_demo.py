@@ -16,7 +16,7 @@ from dare_hf.testing import tiny_inputs, tiny_model
 from dare_hf.visualize import HopWatch, plot_rates
 
 EMBEDDED = [name for name, kind in embedded.RUNNERS.items() if kind.folder != board.NAME]
-"""Those that the package holds whole; tests/test_board_demo.py has the other."""
+"""Those that the package holds whole; tests/models/test_board_demo.py has the other."""
 
 
 @pytest.mark.parametrize("name", ["llava", "chameleon"])
