@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from transformers.utils import logging
 
@@ -14,8 +15,9 @@ from dare_hf.cache import DareCache
 from dare_hf.cache.hop_counters import counters_of
 from dare_hf.compat import CACHE, CACHE_NAMES
 from dare_hf.engine.attach import state_of, unwrap
-from dare_hf.engine.attention_functions import watch
-from dare_hf.engine.repetition import Repetition, keeping_all, reading_inputs
+from dare_hf.engine.attention_functions import watch_layers
+from dare_hf.engine.reading_scores import ReadingScores
+from dare_hf.engine.repetition import Repetition, keeping_all, listening, reading_inputs
 from dare_hf.errors import DareInputError, DareStateError, UnsupportedModelError
 from dare_hf.hops.ledger_rows import know_rows
 from dare_hf.hops.reconstruction import Shares, decide_context
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger("transformers.dare_hf")
 
+_Score = Literal["repetition", "reading"]
+
 INSTRUCTION = "Repeat the previous context:"
 FIRST_TOKENS = 4
 """Tokens at the head of a context that all layers keep: attention rests on them (sinks)."""
@@ -38,6 +42,7 @@ def compress_context(
     inputs: Mapping[str, Any],
     keep: float = 0.5,
     *,
+    score: _Score = "repetition",
     processor: Any = None,
     recent_tokens: int = 32,
     chunk_tokens: int = 2048,
@@ -47,7 +52,8 @@ def compress_context(
     The context is read whole, whatever the rates of the model's configuration (those go for
     questions and answers later); then it is read once more behind itself, and each stored key is
     scored by the attention it gets. One threshold over all layers leaves the share `keep`.
-    Which keys stay does not depend on any question. It costs about a second prefill.
+    Which keys stay does not depend on any question. It costs about a second prefill, or nearly
+    nothing with ``score="reading"``, which loses more.
 
     Ask by giving `generate` the context and a question behind it, and the cache: a copy
     (``copy.deepcopy(cache)``) for each question, or the cache itself, cropped afterwards:
@@ -59,6 +65,9 @@ def compress_context(
             are compressed each by itself.
         keep: Share of the context's tokens that layers keep, mean over the layers, in (0, 1]. 1
             leaves the unpruned cache. `max_kv_tokens` of the configuration is a cap per layer.
+        score: "repetition", or "reading": no second pass; keys are scored by the attention of the
+            context's last 128 tokens and by how far they and their values point away from what
+            all have in common.
         processor: The processor or tokenizer; then the repetition is asked for in words ("Repeat
             the previous context:"). None: the context simply follows itself.
         recent_tokens: The last tokens of the context that all layers keep, at least 1. The first 4
@@ -73,22 +82,28 @@ def compress_context(
         DareStateError: The model has no DARE, or it is switched off, or the model keeps no cache
             (gradient checkpointing), or its attention cannot be read.
         DareInputError: An argument is out of range, the inputs are none, or a cache is given.
-        UnsupportedModelError: Heads of a layer lie on several devices (tensor parallelism).
+        UnsupportedModelError: The text model reads images beside the tokens, or heads of a layer
+            lie on several devices (tensor parallelism).
 
     Source: docs/method.md, section 5 (reconstruction).
     """
     started = time.perf_counter()
     _check(inputs, keep, recent_tokens, chunk_tokens)
+    _check_score(score, processor)
     state = state_of(model)
     _check_model(state, unwrap(model))
     controller, cache = state.controller, DareCache()
     controller.follow_adapter()
-    given = _prefill(model, state, inputs, cache)
-    if keep < 1 or controller.config.max_kv_tokens is not None:
-        for layer in controller.anatomy.layers:
-            watch(attention_of(layer), controller.base_implementation, state.undo)
-        said = _encoded(processor)
-        scores = Repetition(controller, cache, given, said, chunk_tokens).scores()
+    prunes = keep < 1 or controller.config.max_kv_tokens is not None
+    if prunes:
+        watch_layers(controller.anatomy.layers, controller.base_implementation, state.undo)
+    reading = ReadingScores(controller, cache) if prunes and score == "reading" else None
+    with listening(controller, reading) if reading else nullcontext():
+        given = _prefill(model, state, inputs, cache)
+    if prunes:
+        repetition = Repetition(controller, cache, given, _encoded(processor), chunk_tokens)
+        repetition.check()
+        scores = reading.scores() if reading else repetition.scores()
         first = max(FIRST_TOKENS, controller.config.prefix_tokens)
         shares = Shares(keep, first, recent_tokens, controller.config.max_kv_tokens)
         whole = {layer for layer, least in controller.exempt.items() if not least}
@@ -121,6 +136,17 @@ def _check(inputs: Any, keep: Any, recent_tokens: Any, chunk_tokens: Any) -> Non
     for name, value in (("recent_tokens", recent_tokens), ("chunk_tokens", chunk_tokens)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise DareInputError(f"{name}: expected an int of at least 1; got {value!r}")
+
+
+def _check_score(score: Any, processor: Any) -> None:
+    """Refuse an unknown score, and words for one that says none."""
+    if score not in get_args(_Score):
+        raise DareInputError(f"score: expected one of {list(get_args(_Score))}; got {score!r}")
+    if score == "reading" and processor is not None:
+        raise DareInputError(
+            "processor: expected none with score='reading', which repeats nothing; got one. Leave "
+            "it out, or take score='repetition'"
+        )
 
 
 def _check_model(state: ModelState, model: nn.Module) -> None:

@@ -3,8 +3,8 @@
 A text of 450 tokens that holds one fact, stated once at a random place, is read whole; its cache is
 cut once, the question being unknown, and then has to go on with the text (KL to the whole cache and
 perplexity, over 32 true tokens behind the context) and to tell the fact. Every method keeps the
-first 4 and the last 32 tokens, and as many in all; all but reconstruction keep as many in each
-layer. Model and texts: scripts/pretrained_files.py.
+first 4 and the last 32 tokens, and as many in all; all but reconstruction and reading keep as many in
+each layer. Model and texts: scripts/pretrained_files.py.
 
     python scripts/pretrained_context.py smollm2 --n 64 --out context.jsonl   # goes on where it was
 """
@@ -28,7 +28,8 @@ from dare_hf import DareCache, DareConfig, apply_dare
 from dare_hf.cache import Thinning
 from dare_hf.compat import CACHE
 from dare_hf.compression import INSTRUCTION, _prefill
-from dare_hf.engine.repetition import Repetition
+from dare_hf.engine.reading_scores import ReadingScores
+from dare_hf.engine.repetition import Repetition, listening
 from dare_hf.hops.reconstruction import Shares, decide_context
 from dare_hf.routing.scores import Softmax
 from dare_hf.routing.selection import shared_keep
@@ -143,14 +144,17 @@ def run(model: Any, tokenizer: Any, item: dict[str, Any]) -> dict[str, Any]:
     """All methods on one context: {method: {keep: measures}}."""
     inputs = {"input_ids": item["ids"], "attention_mask": torch.ones_like(item["ids"])}
     cache = DareCache()
-    given = _prefill(model, model._dare, inputs, cache)
+    controller = model._dare.controller
+    reading = ReadingScores(controller, cache)
+    with listening(controller, reading):
+        given = _prefill(model, model._dare, inputs, cache)
     full = judge(model, copy.deepcopy(cache), item)
     result: dict[str, Any] = {"whole cache": {"1.0": measured(full, full, item)}}
-    controller = model._dare.controller
     said = tuple(tokenizer.encode(INSTRUCTION, add_special_tokens=False))
     scored = {
         "reconstruct": Repetition(controller, cache, given, said, 2048).scores(),
         "reconstruct, no words": Repetition(controller, cache, given, (), 2048).scores(),
+        "reading": reading.scores(),
         "observed": observed(cache),
         "SnapKV-like": snapkv(cache),
         "StreamingLLM": newest(cache),
@@ -158,7 +162,7 @@ def run(model: Any, tokenizer: Any, item: dict[str, Any]) -> dict[str, Any]:
     for name, scores in scored.items():
         result[name] = {}
         for keep in KEEPS:
-            own = cut(cache, scores, keep, shared=name.startswith("reconstruct"))
+            own = cut(cache, scores, keep, shared=name.startswith("re"))
             kept = own.kept_lengths().float().mean().item() / LENGTH
             found = measured(judge(model, own, item), full, item)
             result[name][str(keep)] = found | {"kept": kept}

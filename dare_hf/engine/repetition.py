@@ -25,12 +25,13 @@ from dare_hf.routing.scores import squared_attention
 from dare_hf.scoring.attention import visible_keys
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from torch import Tensor, nn
 
     from dare_hf.cache import DareCache
     from dare_hf.engine.controller import Controller
+    from dare_hf.engine.thread_state import Listener
     from dare_hf.scoring.observe import AttentionCall
 
 LEAD = 8
@@ -136,21 +137,25 @@ class Repetition:
     def scores(self) -> dict[int, Tensor]:
         """By layer Float[B, N]: how much attention each stored key gets from the repetition.
 
+        `check` comes first.
+
         Raises:
-            DareInputError: Every row of the batch is padded, or words are to be said to a model
-                that takes more than their ids.
             DareStateError: An attention was not heard.
-            UnsupportedModelError: The text model reads images beside the tokens.
         """
         real = self.cache.log.modality >= 0
-        self._check(real.shape[1])
         found: dict[int, Tensor] = {}
         for start in range(0, int(real.sum(1).max()), self.chunk):
             found = self._read(real, start, found)
         return found
 
-    def _check(self, length: int) -> None:
-        """Refuse contexts that cannot be read once more as they were."""
+    def check(self) -> None:
+        """Refuse contexts whose keys cannot be told by column, or not be read once more.
+
+        Raises:
+            DareInputError: Every row of the batch is padded, or words are to be said to a model
+                that takes more than their ids.
+            UnsupportedModelError: The text model reads images beside the tokens.
+        """
         beside = [
             name
             for name, value in self.given.items()
@@ -167,6 +172,7 @@ class Repetition:
                 "processor: expected none for a model whose tokens bring inputs for every layer "
                 f"({self.controller.anatomy.spec.model_type}); got one. Leave it out"
             )
+        length = self.cache.log.modality.shape[1]
         if any(slot.rows and slot.width != length for slot in self.cache.stored):
             raise DareInputError(
                 "attention_mask: expected at least one row of the batch with (nearly) no pads; got "
@@ -184,16 +190,11 @@ class Repetition:
         self._count(real, live)
         cache.begin()
         try:
-            with controller.disable(), _listening(controller, listener):
+            with controller.disable(), listening(controller, listener):
                 controller.anatomy.text_model(**arguments, **{CACHE: cache}, use_cache=True)
         finally:
             cache.rollback()
-        if missing := sorted(set(controller.anatomy.sources) - listener.heard):
-            raise DareStateError(
-                f"compress_context: the attentions of layers {missing} were not heard; was the "
-                "attention implementation changed since DARE was put on (set_attn_implementation)? "
-                "Call remove_dare(model), set it, then apply_dare(model) again"
-            )
+        check_heard(controller, listener.heard)
         return listener.found
 
     def _count(self, real: Tensor, live: Tensor) -> None:
@@ -284,8 +285,19 @@ def _taken(tensor: Tensor, index: Tensor) -> Tensor:
     return tensor.gather(1, view.expand(*index.shape, *tensor.shape[2:]))
 
 
+def check_heard(controller: Controller, heard: Collection[int]) -> None:
+    """Refuse a context of which a layer's attention was not heard."""
+    if missing := sorted(set(controller.anatomy.sources) - set(heard)):
+        raise DareStateError(
+            f"compress_context: the attentions of layers {missing} were not heard; was the "
+            "attention implementation changed since DARE was put on (set_attn_implementation)? "
+            "Call remove_dare(model), set it, then apply_dare(model) again"
+        )
+
+
 @contextmanager
-def _listening(controller: Controller, listener: KeyScores) -> Iterator[None]:
+def listening(controller: Controller, listener: Listener) -> Iterator[None]:
+    """Let `listener` hear every attention of the model in this thread."""
     before, controller._local.listener = controller._local.listener, listener
     try:
         yield

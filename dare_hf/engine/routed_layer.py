@@ -110,9 +110,9 @@ class LayerState:
         if context is not None and context.step:
             push_next(context.cache.layer(self.index), tensors[0], context.past, call)
             return
+        if (listener := self.controller._local.listener) is not None:
+            listener(self.source, tensors, call)
         if context is None or context.columns is None:
-            if (listener := self.controller._local.listener) is not None:
-                listener(self.source, tensors, call)
             return
         with torch.no_grad():
             if self.controller.captures(self.index, context):

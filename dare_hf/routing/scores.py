@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import normalize as unit_vectors
 
 from dare_hf.routing.kinds import TEXT, VISION
 
@@ -222,7 +223,7 @@ def diverse_scores(
     for row in range(eligible.shape[0]):
         for own in hop[row][eligible[row]].unique().tolist():
             columns = (eligible[row] & (hop[row] == own)).nonzero()[:, 0]
-            unit = torch.nn.functional.normalize(_wide(features[row, columns]), dim=-1)
+            unit = unit_vectors(_wide(features[row, columns]), dim=-1)
             order = _farthest_first(1 - unit @ unit.T)
             scores[row, columns[order]] = 1 - torch.arange(
                 len(order), dtype=torch.float32, device=scores.device
@@ -267,6 +268,28 @@ def squared_attention(
     """
     seen = visible & query_valid[:, None, :, None]
     return _shares(query, key, seen, rules).square_().sum(2)
+
+
+def spread(
+    stored: Float[Tensor, "batch kv_heads stored dim"], real: Bool[Tensor, "batch stored"]
+) -> Float[Tensor, "batch stored"]:
+    """How far keys (or values) point away from their mean direction, over the mean of that.
+
+    ``1 - cos(k_i, mean of k / |k|)``, mean over heads; means over the real tokens. 0 outside.
+    What many tokens share tells little of any of them (the idea of KeyDiff, Park et al. 2025).
+
+    Args:
+        stored: post-rotary keys, or values.
+        real: tokens that count.
+
+    Source: docs/method.md, section 5 (reconstruction).
+    """
+    # Not a product with 0: an unused slot may hold NaN.
+    unit = unit_vectors(_wide(stored), dim=-1).masked_fill(~real[:, None, :, None], 0.0)
+    middle = unit_vectors(unit.sum(2, keepdim=True), dim=-1)
+    away = (1 - (unit * middle).sum(-1)).mean(1).masked_fill(~real, 0.0)
+    usual = away.sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
+    return away / usual.clamp(min=torch.finfo(away.dtype).tiny)
 
 
 def _shares(

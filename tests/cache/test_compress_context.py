@@ -296,6 +296,8 @@ def test_a_second_reading_leaves_no_trace_in_the_cache():
         ({"keep": "half"}, "keep: expected a share in"),
         ({"recent_tokens": 0}, "recent_tokens: expected an int of at least 1"),
         ({"chunk_tokens": 2.5}, "chunk_tokens: expected an int of at least 1"),
+        ({"score": "attention"}, "score: expected one of"),
+        ({"score": "reading", "processor": object()}, "repeats nothing"),
         ({"inputs": torch.tensor([[1, 2]])}, "inputs: expected what a processor returns"),
         ({"inputs": {CACHE: DareCache()}}, "Leave the cache out"),
     ],

@@ -1,8 +1,11 @@
 """compress_context: which keys stay, against a slow reading of each row alone."""
 
+import contextlib
 import copy
 import itertools
 import math
+import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -10,9 +13,11 @@ from laws import everything
 from transformers import DynamicCache
 
 from dare_hf import compress_context
-from dare_hf.architectures.locate import locate
-from dare_hf.compat import CACHE
+from dare_hf.architectures.locate import attention_of, locate
+from dare_hf.compat import CACHE, CACHE_NAMES
 from dare_hf.conformance.subject import Subject, copied
+from dare_hf.engine import reading_scores
+from dare_hf.engine.reading_scores import SEEN
 from dare_hf.routing import reference
 from dare_hf.routing.scores import Softmax, squared_attention
 from dare_hf.routing.selection import shared_keep
@@ -86,6 +91,63 @@ def slow_scores(model, inputs, said, chunk):
     return best
 
 
+@torch.no_grad()
+def slow_reading(model, inputs, queries):
+    """Per attention layer the score of each token by the reading itself: one row, loops, eager."""
+    anatomy, calls = locate(model), []
+    model.set_attn_implementation("eager")
+    hook = anatomy.text_model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True
+    )
+    cache = DynamicCache(config=anatomy.text_config if anatomy.unrouted else None)
+    model.generate(**copied(inputs), **{CACHE: cache}, max_new_tokens=1, do_sample=False)
+    hook.remove()
+    heard, homes = {}, {sys.modules[type(attention_of(one)).__module__] for one in anatomy.layers}
+    with contextlib.ExitStack() as undone:
+        for home in homes:
+            eager = home.eager_attention_forward
+
+            def hear(module, query, key, value, *args, eager=eager, **kwargs):
+                output, matrix = eager(module, query, key, value, *args, **kwargs)
+                heard[module.layer_idx] = matrix, key[0].double(), value[0].double()
+                return output, matrix
+
+            undone.enter_context(mock.patch.object(home, "eager_attention_forward", hear))
+        new = DynamicCache(config=anatomy.text_config if anatomy.unrouted else None)
+        again = {k: v for k, v in calls[0].items() if k not in CACHE_NAMES}
+        anatomy.text_model(**again | {"use_cache": True, CACHE: new})
+    model.set_attn_implementation("sdpa")
+    found = []
+    for _, (matrix, keys, values) in sorted(heard.items()):
+        heads, size, _ = keys.shape
+        group = matrix.shape[1] // heads
+        looked = []
+        for i in range(size):
+            rows = range(max(size - queries, 0), size)
+            mass = [
+                sum(float(matrix[0, h, q, i]) for q in rows) * float(values[h // group, i].norm())
+                for h in range(matrix.shape[1])
+            ]
+            looked.append(sum(mass) / len(mass))
+        parts = [looked]
+        for kind in (keys, values):
+            units = [[kind[h, i] / kind[h, i].norm() for i in range(size)] for h in range(heads)]
+            means = [sum(head) / size for head in units]
+            parts.append(
+                [
+                    sum(1 - float(units[h][i] @ means[h] / means[h].norm()) for h in range(heads))
+                    for i in range(size)
+                ]
+            )
+        # a key outside the window of every query is not in the mean
+        counts = [sum(value > 0 for value in looked), size, size]
+        sized = zip(parts, counts, strict=True)
+        parts = [[value * count / sum(part) for value in part] for part, count in sized]
+        shares = zip((SEEN, (1 - SEEN) / 2, (1 - SEEN) / 2), parts, strict=True)
+        found.append(sum(share * torch.tensor(part) for share, part in shares))
+    return found
+
+
 def slow_positions(where, said, begin, end):
     """[dims, said + end - begin] behind the context; of four dims the first is text's own."""
     groups = [[0], [1, 2, 3]] if len(where) == 4 else [list(range(len(where)))]
@@ -150,6 +212,26 @@ def test_each_row_keeps_what_a_slow_reading_of_it_alone_keeps(subjects, name, ch
         assert stored(cache, row, pads) == layers, f"{name}, row {row}"
     counts = [{len(kept) for kept in layers} for layers in expected]
     assert max(map(len, counts)) > 1, "the case has equal budgets"
+
+
+@pytest.mark.parametrize("queries", [128, 5])
+@pytest.mark.parametrize("name", [*NAMES, "deepseek_v3"])
+def test_each_row_keeps_what_its_own_reading_says(subjects, name, queries, monkeypatch):
+    """Without a second pass, in a left-padded batch."""
+    monkeypatch.setattr(reading_scores, "QUERIES", queries)
+    subject = subjects(name)
+    model, batch = subject.model, subject.batches["padded"]
+    expected = [
+        slow_keep(slow_reading(model, batch_of(model, [row]).inputs, queries), KEEP)
+        for row in subject.rows
+    ]
+    with subject.dare(**everything()):
+        cache = compress_context(
+            model, copied(batch.inputs), KEEP, score="reading", recent_tokens=LAST
+        )
+    for row, layers in enumerate(expected):
+        pads = int((~batch.real[row]).sum())
+        assert stored(cache, row, pads) == layers, f"{name}, row {row}"
 
 
 def test_squared_attention_is_that_of_whole_matrices():
