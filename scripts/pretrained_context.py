@@ -3,8 +3,8 @@
 A text of 450 tokens that holds one fact, stated once at a random place, is read whole; its cache is
 cut once, the question being unknown, and then has to go on with the text (KL to the whole cache and
 perplexity, over 32 true tokens behind the context) and to tell the fact. Every method keeps the
-first 4 and the last 32 tokens, and as many in all; all but reconstruction and reading keep as many in
-each layer. Model and texts: scripts/pretrained_files.py.
+first 4 and the last 32 tokens, and as many in all; all but reconstruction and reading keep as many
+in each layer. Model and texts: scripts/pretrained_files.py.
 
     python scripts/pretrained_context.py smollm2 --n 64 --out context.jsonl   # goes on where it was
 """
