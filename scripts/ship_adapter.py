@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 from safetensors.torch import load_file, save_file
 
-from dare_hf.assets import model_path
+from dare_hf.assets import package_folder
 from dare_hf.demo.embedded import RUNNERS, runner_type
 from dare_hf.evaluation import trained_arm
 
@@ -27,7 +27,7 @@ _KEPT = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 def ship(run: Path, model: str, name: str) -> Path:
     """Copy an adapter's folders, log and recipe; returns where to."""
     folder = runner_type(model).folder
-    target = model_path(folder) / "adapters" / name
+    target = package_folder(folder) / "adapters" / name
     trained_arm(name, run)  # refuses what is no adapter
     lines = (run / "training_log.jsonl").read_text().splitlines()
     recipe = json.loads(lines[0])["recipe"] | {"out": f"runs/{name}"}

@@ -26,11 +26,15 @@ def model_path(name: str) -> Path:
         DareInputError: No such model is embedded.
         DareStateError: dare-board: what it is made of is missing; the text says what to install.
     """
-    return board.model_folder() if name == board.NAME else _folder(name)
+    return board.model_folder() if name == board.NAME else package_folder(name)
 
 
-def _folder(name: str) -> Path:
-    """Where the package keeps what it holds of a model."""
+def package_folder(name: str) -> Path:
+    """Where the package keeps what it holds of a model, adapters among it.
+
+    Raises:
+        DareInputError: No such model is embedded.
+    """
     known = sorted({path.parent.name for path in _HERE.glob("*/config.json")} | {board.NAME})
     if name not in known:
         raise DareInputError(f"name: expected one of {known}, got {name!r}")
@@ -43,7 +47,7 @@ def adapter_names(model: str) -> list[str]:
     Raises:
         DareInputError: No such model is embedded.
     """
-    found = (_folder(model) / "adapters").glob("*/dare/adapter_config.json")
+    found = (package_folder(model) / "adapters").glob("*/dare/adapter_config.json")
     return sorted(path.parents[1].name for path in found)
 
 
@@ -63,4 +67,4 @@ def adapter_path(model: str, name: str) -> Path:
             f"adapter: expected one shipped for {model} ({', '.join(known) or 'there is none'}), "
             f"got {name!r}"
         )
-    return _folder(model) / "adapters" / name
+    return package_folder(model) / "adapters" / name
