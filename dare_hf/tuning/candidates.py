@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, get_args
@@ -17,6 +17,7 @@ from dare_hf.calibration.budgets import spread_budget
 from dare_hf.calibration.rates import TRIED_RATES
 from dare_hf.config import DareConfig
 from dare_hf.config.fields import Schedule
+from dare_hf.errors import DareError
 from dare_hf.routers.files import read_adapter, tensors_file
 from dare_hf.routing.kinds import TEXT, VISION
 
@@ -57,7 +58,14 @@ class Family:
     def name(self) -> str:
         """What tables call it."""
         adds = self.scorer != "router" and self.fields.get("mean_update") is True
-        return f"{self.scorer}{' with mean updates' if adds else ''}, {self.schedule}"
+        frozen = ", frozen" if self.fields.get("pruned") == "freeze" else ""
+        return f"{self.scorer}{' with mean updates' if adds else ''}, {self.schedule}{frozen}"
+
+    def frozen(self) -> Family | None:
+        """It with pruned="freeze"; None without mean updates, where that gains nothing."""
+        if self.fields.get("mean_update") is not True or "pruned" in self.fields:
+            return None
+        return replace(self, fields={**self.fields, "pruned": "freeze"})
 
     def config(self, vision: float, text: float) -> DareConfig | None:
         """The family's configuration at mean rates; None where it has none so low."""
@@ -114,6 +122,15 @@ def candidate(model: Any, config: DareConfig, router: Path | None) -> Iterator[A
             source = write(config, router, Path(folder))
         with dare_applied(model, source):
             yield model
+
+
+def takes(model: Any, config: DareConfig, router: Path | None) -> bool:
+    """Whether a model can run a candidate, or refuses it."""
+    try:
+        with candidate(model, config, router):
+            return True
+    except DareError:
+        return False
 
 
 def write(config: DareConfig, router: Path | None, folder: Path) -> Path:

@@ -71,6 +71,7 @@ class Search:
         max_drop: Points that may be lost.
         target: What may not be exceeded.
         tell: Called after each measurement.
+        takes: Whether the model can run a configuration; None: all of them.
     """
 
     def __init__(
@@ -81,9 +82,11 @@ class Search:
         max_drop: float,
         target: Target | None,
         tell: Callable[[Measured], None],
+        takes: Callable[[DareConfig], bool] | None = None,
     ) -> None:
         self.bench, self.images, self.router = bench, images, router
         self.max_drop, self.target, self.tell = max_drop, target, tell
+        self.takes = takes or (lambda config: True)
         self.found: dict[str, Measured] = {}
         self._paths: list[tuple[Family, float | None, int]] = []
 
@@ -113,7 +116,8 @@ class Search:
 
     def expected(self, families: int) -> int:
         """About how many configurations `run` measures."""
-        probes = families * len(_PROBES_VISION if self.images else _PROBES_TEXT)
+        tried = families + _KEPT_FAMILIES  # frozen ones
+        probes = tried * len(_PROBES_VISION if self.images else _PROBES_TEXT)
         paths = _KEPT_FAMILIES * (len(TEXT_BESIDE_VISION) if self.images else 1)
         return probes + paths * _STEPS * (1 if self.target is None else 2)
 
@@ -125,22 +129,29 @@ class Search:
         return one
 
     def _nearest(self, families: Sequence[Family]) -> list[Family]:
-        if len(families) <= _KEPT_FAMILIES:
-            return list(families)
+        """The nearest to the unpruned model for what they save; then their frozen forms as well."""
+        probes = _PROBES_VISION if self.images else _PROBES_TEXT
 
         def distance(family: Family) -> float:
-            probes = _PROBES_VISION if self.images else _PROBES_TEXT
             configs = [family.config(*probe) for probe in probes]
             measured = [self.measure(family.name, c) for c in configs if c is not None]
             saved = sum(1 - one.cost for one in measured)
             return sum(one.kl for one in measured) / saved if saved > 0 else float("inf")
 
-        ordered = sorted(
-            ((distance(family), family) for family in families), key=lambda one: one[0]
-        )
-        # two families of one distance are the same under different names
-        nearest = dict(reversed(ordered))
-        return [nearest[key] for key in sorted(nearest)][:_KEPT_FAMILIES]
+        def nearest(pairs: list[tuple[float, Family]]) -> list[tuple[float, Family]]:
+            # two families of one distance are the same under different names
+            one_each = dict(sorted(pairs, key=lambda pair: pair[0], reverse=True))
+            return [(far, one_each[far]) for far in sorted(one_each)[:_KEPT_FAMILIES]]
+
+        if len(families) <= _KEPT_FAMILIES and not any(family.frozen() for family in families):
+            return list(families)
+        near = nearest([(distance(family), family) for family in families])
+        for _, family in list(near):
+            frozen = family.frozen()
+            config = None if frozen is None else frozen.config(*probes[0])
+            if frozen is not None and config is not None and self.takes(config):
+                near.append((distance(frozen), frozen))
+        return [family for _, family in nearest(near)]
 
     def _lowest(
         self, family: Family, text: float | None, beyond: Callable[[Measured], bool]

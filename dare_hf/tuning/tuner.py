@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from dare_hf.errors import DareConfigError, DareInputError, DareStateError
 from dare_hf.forward.delimiters import resolve_delimiters
 from dare_hf.tuning.answers import MAX_NEW_TOKENS, checker, metric_of, named_metric
 from dare_hf.tuning.bench import Bench, Measured, Scoring
-from dare_hf.tuning.candidates import families
+from dare_hf.tuning.candidates import families, takes
 from dare_hf.tuning.fidelity import BATCH
 from dare_hf.tuning.journal import Journal
 from dare_hf.tuning.loading import as_used, prepare
@@ -144,7 +145,8 @@ def _tuned(
     router, costs, note = _router(run) if with_router else (None, None, "")
     kinds = families(run.fields, router, costs)
     stages = _Stages(run.tell, "budgets")
-    search = Search(run.fit, run.images, router, max_drop, aim, stages.count)
+    able = partial(takes, run.model, router=router)
+    search = Search(run.fit, run.images, router, max_drop, aim, stages.count, able)
     stages.most = search.expected(len(kinds)) + 1
     safe = DareConfig.preset("safe", **_beside(run.fields))
     search.measure(SAFE, safe)

@@ -87,3 +87,27 @@ def test_the_nearest_families_are_kept():
     assert beyond_probes == {"attention", "key_norm"}
     best, _ = choose(search, lambda family, config: search.bench.measure(family, config, None))
     assert isinstance(best.config, DareConfig)
+
+
+def _frozen_search(gain, takes=None):
+    def drop(family, config):
+        far = {"attention": 1.0, "random": 1.5, "key_norm": 1.7}[config.scorer]
+        near = gain if config.pruned == "freeze" else far
+        return near * (2 - config.vision_retention)
+
+    search = Search(_bench(drop), True, None, 9.0, None, lambda one: None, takes)
+    adds = Family("attention", "constant", {"mean_update": True})
+    search.run([adds, Family("random", "constant", {}), Family("key_norm", "constant", {})])
+    return search
+
+
+def test_frozen_forms_of_the_nearest_are_tried_where_the_model_takes_them():
+    better = _frozen_search(0.5)
+    assert {one.config.pruned for one in better.found.values()} == {"bypass", "freeze"}
+    assert better._paths[0][0].name == "attention with mean updates, constant, frozen"
+    worse = _frozen_search(2.0)
+    assert not any(family.name.endswith("frozen") for family, _, _ in worse._paths)
+    asked = []
+    refused = _frozen_search(0.5, lambda config: asked.append(config.pruned))
+    assert {one.config.pruned for one in refused.found.values()} == {"bypass"}
+    assert set(asked) == {"freeze"}

@@ -213,7 +213,7 @@ def test_mean_updates_serve_both_scorers(tmp_path):
     from dare_hf.api import last_report
     from dare_hf.calibration import fit_router
     from dare_hf.testing import tiny_inputs, tiny_model
-    from dare_hf.tuning.candidates import candidate, families
+    from dare_hf.tuning.candidates import candidate, families, takes
 
     model = tiny_model("llava")
     inputs = tiny_inputs(model)
@@ -232,3 +232,7 @@ def test_mean_updates_serve_both_scorers(tmp_path):
             assert float(layer.dare_router.active_router.mean_update[0, 0]) == pytest.approx(0.1)
         assert first.shape[1] == inputs["input_ids"].shape[1] + 3
     assert "attention, constant" in kinds
+    frozen = kinds["attention with mean updates, constant"].frozen().config(0.5, 0.7)
+    assert takes(model, frozen, tmp_path)
+    flex = tiny_model("llava", attn_implementation="flex_attention")
+    assert not takes(flex, frozen, tmp_path), "freeze wants sdpa or eager"
