@@ -12,7 +12,6 @@ from transformers.utils import logging
 from dare_hf.architectures.locate import attention_of
 from dare_hf.architectures.tensor_parallel import shared_heads
 from dare_hf.cache import DareCache
-from dare_hf.cache.hop_counters import counters_of
 from dare_hf.compat import CACHE, CACHE_NAMES
 from dare_hf.engine.attach import state_of, unwrap
 from dare_hf.engine.attention_functions import watch_layers
@@ -109,7 +108,7 @@ def compress_context(
         whole = {layer for layer, least in controller.exempt.items() if not least}
         _keep(cache, decide_context(cache, scores, shares, whole), keep)
     # What is held depends on scores, so it is a given to counts, as a prompt is.
-    counters = counters_of(cache)
+    counters = cache.hop_counters
     counters.ledgers = [None] * len(counters.ledgers)
     know_rows(cache, len(controller.anatomy.layers))
     recorder: Any = cache.recorder
@@ -207,7 +206,7 @@ def _prefill(
 
 def _keep(cache: DareCache, decided: list[Thinning], keep: float) -> None:
     """Let go of what is decided, and note what stays."""
-    counters = counters_of(cache)
+    counters = cache.hop_counters
     tokens = int((cache.log.modality >= 0).sum()) * len(decided)
     kept = sum(sum(change.kept) for change in decided)
     # The hop that follows the context has nothing more to compact.

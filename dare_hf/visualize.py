@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from transformers.generation.streamers import BaseStreamer
 
-from dare_hf.cache.hop_counters import counters_of
 from dare_hf.errors import INSTALL_CLI, DareStateError
 from dare_hf.report.groups import LayerGroup, layer_groups
 from dare_hf.report.page import SeenImage
@@ -85,7 +84,7 @@ class HopWatch(BaseStreamer):
             return
         # The hop whose begin the cache was last thinned for. The prompt is hop 0, and hop 1 begins
         # with it: nothing was added between them.
-        hop = max(counters_of(self.cache).compacted[0], 1)
+        hop = max(self.cache.hop_counters.compacted[0], 1)
         if hop != self.hop:
             self.hop = hop
             seen = self.cache.get_seq_length()

@@ -12,7 +12,7 @@ import time
 import torch
 
 from dare_hf import DareCache, DareConfig
-from dare_hf.cache.hop_counters import HopCounters, counters_of
+from dare_hf.cache.hop_counters import HopCounters
 from dare_hf.hops.compaction import compact
 from dare_hf.hops.ledger import Held, Ledger
 from dare_hf.routing.retention import RetentionTable
@@ -22,7 +22,7 @@ TABLE = RetentionTable(((0.4,) * 12,), ((0.7,) * 12,), tuple(range(12)), (True,)
 
 def store(cache: DareCache, tokens: int, vision: int, shape: tuple[int, int]) -> None:
     """Store the tokens of a hop in every layer and close it."""
-    state, past = counters_of(cache), len(cache.log)
+    state, past = cache.hop_counters, len(cache.log)
     modality = (torch.arange(tokens) < vision).to(torch.int8)[None]
     cache.log.append(modality, torch.full((1, tokens), state.open_hops()[0]), padded=False)
     for i in range(len(TABLE.plan_layers)):
@@ -37,7 +37,7 @@ def cache_at(config: DareConfig, hops: int, shape: tuple[int, int]) -> DareCache
     torch.manual_seed(0)
     cache = DareCache()
     cache.hop_counters = HopCounters()
-    state, layers = counters_of(cache), len(TABLE.plan_layers)
+    state, layers = cache.hop_counters, len(TABLE.plan_layers)
     state.ensure(1)
     empty = Ledger((Held.nothing(),) * layers)
     state.ledgers = [empty.with_span(0, (7, 57), [(7, 57)] * layers, 64)]

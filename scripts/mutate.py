@@ -45,7 +45,7 @@ sys.dont_write_bytecode = True
 ROOT = Path(__file__).resolve().parent.parent
 # The judge itself is no subject.
 NOT_THESE = {"dare_hf/routing/reference.py"}
-PLACES = ("routing/*.py", "cache/*.py", "hops/*.py", "engine/masks.py", "engine/plan.py")
+PLACES = ("routing/*.py", "cache/*.py", "hops/*.py", "engine/masks.py", "engine/planner.py")
 # Tests that take long and pass through everything, or start processes of their own.
 NOT_TESTS = {
     "demo",

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers.cache_utils import Cache
 
-from dare_hf.cache.companions import HopTracker, Recorder, RunningCall, Told
+from dare_hf.cache.companions import Recorder, RunningCall, Told
 from dare_hf.cache.cropping import check_crop
+from dare_hf.cache.hop_counters import HopCounters
 from dare_hf.cache.layer import BeforeStep, DareLayer
 from dare_hf.cache.log import TokenLog
 from dare_hf.cache.mixed import other_layers, row_count, select_rows, snapshot
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from dare_hf.cache.columns import ColumnTable
     from dare_hf.report import DareReport
 
-__all__ = ["DareCache", "DareLayer", "HopTracker", "Thinning", "TokenLog"]
+__all__ = ["DareCache", "DareLayer", "Thinning", "TokenLog", "to_host"]
 
 
 class Thinning(NamedTuple):
@@ -52,7 +53,7 @@ class _Saved(NamedTuple):
 
     layers: int
     log: TokenLog
-    hop_counters: HopTracker | None
+    hop_counters: HopCounters
     others: dict[int, Any]
     steps: list[BeforeStep] | None
 
@@ -69,7 +70,7 @@ class DareCache(Cache):
 
     Attributes:
         log: Modality and hop of every logical token.
-        hop_counters: Hop counters of the rows; None until a model with DARE has run.
+        hop_counters: Hop counters of the rows; of none until a model with DARE has run.
         recorder: Who counted the run this cache was last used in, or None.
         call: The generate whose sequence it holds, or held last; None outside of one.
         drafts: Whether an assistant of speculative decoding runs on it.
@@ -86,7 +87,7 @@ class DareCache(Cache):
         if config is not None:
             self.layers.extend(DareLayer() for _ in range(_num_layers(config)))
         self.log = TokenLog()
-        self.hop_counters: HopTracker | None = None
+        self.hop_counters = HopCounters()
         self.recorder: Recorder | None = None
         self.drafts = False
         self.call: RunningCall | None = None
@@ -154,15 +155,14 @@ class DareCache(Cache):
     @property
     def hops(self) -> Int[Tensor, " rows"]:
         """The hop each row is in; 0 before the prompt has been processed."""
-        if self.hop_counters is not None:
-            return torch.tensor(self.hop_counters.open_hops(), dtype=torch.long)
-        return torch.zeros(max(self.batch_size, 0), dtype=torch.long)
+        hops = self.hop_counters.open_hops() or [0] * max(self.batch_size, 0)
+        return torch.tensor(hops, dtype=torch.long)
 
     def kept_lengths(self) -> Int[Tensor, "layers rows"]:
         """Real tokens stored per layer and row, counted on the device and returned on the CPU."""
         counts = torch.zeros(len(self.stored), max(self.batch_size, 0), dtype=torch.long)
         stored = {i: layer.kept_lengths() for i, layer in enumerate(self.stored) if layer.rows}
-        for i, kept in zip(stored, _to_host(list(stored.values())), strict=True):
+        for i, kept in zip(stored, to_host(list(stored.values())), strict=True):
             counts[i] = torch.tensor(kept)
         return counts
 
@@ -245,15 +245,14 @@ class DareCache(Cache):
             layer.crop(tokens_to_remove)
         counts = {i: layer.crop_counts(tokens_to_remove) for i, layer in enumerate(self.stored)}
         unknown = {i: kept for i, kept in counts.items() if kept is not None}
-        known = dict(zip(unknown, _to_host(list(unknown.values())), strict=True))
+        known = dict(zip(unknown, to_host(list(unknown.values())), strict=True))
         for i, layer in enumerate(self.stored):
             layer.crop(tokens_to_remove, known.get(i))
         if tokens_to_remove == 0:
             return
         self.changes += 1
         self.log.crop(length)
-        if self.hop_counters is not None:
-            self.hop_counters.crop(length)
+        self.hop_counters.crop(length)
         if self.recorder is not None:
             self.recorder.crop(removed)
 
@@ -268,8 +267,7 @@ class DareCache(Cache):
         for layer in self._others.values():
             select_rows(layer, beam_idx)
         self.log.reorder(beam_idx)
-        if self.hop_counters is not None:
-            self.hop_counters.reorder(beam_idx)
+        self.hop_counters.reorder(beam_idx)
         if self.recorder is not None:
             self.recorder.reorder(beam_idx)
 
@@ -287,8 +285,7 @@ class DareCache(Cache):
             if rows := row_count(layer):
                 select_rows(layer, torch.arange(rows).repeat_interleave(repeats))
         self.log.repeat(repeats)
-        if self.hop_counters is not None:
-            self.hop_counters.repeat(repeats)
+        self.hop_counters.repeat(repeats)
         if self.recorder is not None:
             self.recorder.repeat(repeats)
 
@@ -299,8 +296,7 @@ class DareCache(Cache):
         self.log.reset()
         self.changes += 1
         self._saved, self._decided = None, []
-        if self.hop_counters is not None:
-            self.hop_counters.reset()
+        self.hop_counters.reset()
 
     # A forward that fails leaves no trace
 
@@ -317,7 +313,7 @@ class DareCache(Cache):
             for layer in self.stored:
                 layer.begin()
         others = {i: snapshot(layer) for i, layer in self._others.items()}
-        counters = None if self.hop_counters is None else self.hop_counters.snapshot()
+        counters = self.hop_counters.snapshot()
         self._saved = _Saved(len(self.layers), self.log.snapshot(), counters, others, steps)
 
     def commit(self) -> None:
@@ -334,13 +330,12 @@ class DareCache(Cache):
         But for a hop whose compaction was decided: it stays served, and what that leaves to do is
         done by whatever comes next (`settle`).
         """
-        before = None if self.hop_counters is None else self.hop_counters.snapshot()
+        before = self.hop_counters.snapshot()
         try:
             yield
         except BaseException:
             self.rollback()
-            now = [] if self.hop_counters is None else self.hop_counters.served()
-            if sum(now) == (0 if before is None else sum(before.served())):
+            if sum(self.hop_counters.compacted) == sum(before.compacted):
                 self.hop_counters = before
             raise
 
@@ -370,12 +365,12 @@ def _num_layers(config: PreTrainedConfig) -> int:
     return getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
 
 
-def _to_host(counts: Sequence[Tensor]) -> list[list[int]]:
+def to_host(counts: Sequence[Tensor]) -> list[Any]:
     """Counts of several layers as lists, with one device-to-host copy per device."""
     by_device: dict[torch.device, list[int]] = {}
     for i, kept in enumerate(counts):
         by_device.setdefault(kept.device, []).append(i)
-    lists: list[list[int]] = [[] for _ in counts]
+    lists: list[Any] = [[] for _ in counts]
     for members in by_device.values():
         fetched = torch.stack([counts[i] for i in members]).tolist()
         for i, kept in zip(members, fetched, strict=True):

@@ -1,4 +1,4 @@
-"""What travels with a cache: hop counters, who counts its run, the generate it is used in."""
+"""What travels with a cache: who counts its run, the generate it is used in."""
 
 from __future__ import annotations
 
@@ -51,28 +51,3 @@ class Told(NamedTuple):
 
     def crop(self, columns: int) -> None:
         """Nothing: who counts the copy asks the cache anew."""
-
-
-class HopTracker(Protocol):
-    """The hop counters that travel with a cache."""
-
-    def open_hops(self) -> list[int]:
-        """The hop each row is in."""
-
-    def reorder(self, indices: Tensor) -> None:
-        """Take the rows `indices`."""
-
-    def repeat(self, repeats: int) -> None:
-        """Repeat every row in place."""
-
-    def crop(self, length: int) -> None:
-        """Forget the tokens at logical positions from `length` on."""
-
-    def reset(self) -> None:
-        """Back to an empty sequence."""
-
-    def served(self) -> list[int]:
-        """Per row the hop whose begin was last served by a compaction."""
-
-    def snapshot(self) -> HopTracker:
-        """A copy that later changes of the counters do not reach."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dare_hf.cache.hop_counters import counters_of
 from dare_hf.errors import DareStateError
 
 if TYPE_CHECKING:
@@ -22,9 +21,9 @@ def check_crop(cache: DareCache, length: int) -> None:
         DareStateError: `length` is inside a row's prompt or injected input, which some layer holds
             in part only, or in a hop before one whose begin took tokens away.
     """
-    if cache.hop_counters is None or cache.drafts:  # what is drafted is verified in any case
+    if cache.drafts:  # what is drafted is verified in any case
         return
-    state, seen = counters_of(cache), cache.get_seq_length()
+    state, seen = cache.hop_counters, cache.get_seq_length()
     for row, ends in enumerate(state.ends):
         prompt = (0, ends[0] + 1 if ends else seen)
         for start, end in (prompt, *state.spans[row]):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from dare_hf.cache import DareCache
 
 
 @dataclass
@@ -42,11 +40,9 @@ class HopCounters:
     def ensure(self, batch: int) -> None:
         """Make room for `batch` rows, all in hop 0."""
         if not self.ends:
-            self.ends = [[] for _ in range(batch)]
-            self.compacted = [0] * batch
-            tracks = ([[] for _ in range(batch)] for _ in range(4))
-            self.thinned, self.spans, self.gaps, self.cuts = tracks
-            self.ledgers = [None] * batch
+            tracks = ([[] for _ in range(batch)] for _ in range(5))
+            self.ends, self.thinned, self.spans, self.gaps, self.cuts = tracks
+            self.compacted, self.ledgers = [0] * batch, [None] * batch
 
     def open_hops(self) -> list[int]:
         """The hop each row is in."""
@@ -80,26 +76,17 @@ class HopCounters:
         """Take the rows named by `indices` [B'], as beam search does."""
         if not self.ends:
             return
-        tracks = (self.ends, self.compacted, self.thinned, self.spans, self.gaps, self.cuts)
-        rows = list(zip(*tracks, self.ledgers, strict=True))
+        rows = list(zip(*vars(self).values(), strict=True))
         alike = all(row == rows[0] for row in rows)
-        order = [0] * len(indices) if alike else indices.tolist()
-        self._take(order)
-
-    select = reorder
+        self._take([0] * len(indices) if alike else indices.tolist())
 
     def repeat(self, repeats: int) -> None:
         """Repeat every row `repeats` times in place, as HF expands a batch."""
         self._take([row for row in range(len(self.ends)) for _ in range(repeats)])
 
     def _take(self, order: list[int]) -> None:
-        self.ends = [list(self.ends[i]) for i in order]
-        self.compacted = [self.compacted[i] for i in order]
-        self.thinned = [list(self.thinned[i]) for i in order]
-        self.spans = [list(self.spans[i]) for i in order]
-        self.gaps = [list(self.gaps[i]) for i in order]
-        self.cuts = [list(self.cuts[i]) for i in order]
-        self.ledgers = [self.ledgers[i] for i in order]
+        for name, track in list(vars(self).items()):
+            setattr(self, name, _copied([track[i] for i in order]))
 
     def crop(self, length: int) -> None:
         """Forget logical positions from `length` on; hops closed there are open again."""
@@ -132,30 +119,17 @@ class HopCounters:
 
     def reset(self) -> None:
         """Back to an empty sequence."""
-        self.ends, self.compacted, self.thinned = [], [], []
-        self.spans, self.gaps, self.cuts, self.ledgers = [], [], [], []
-
-    def served(self) -> list[int]:
-        """Per row the hop whose begin was last served."""
-        return self.compacted
+        self._take([])
 
     def snapshot(self) -> HopCounters:
         """A copy that later changes of these counters do not reach."""
-        return HopCounters(
-            ends=[list(row) for row in self.ends],
-            compacted=list(self.compacted),
-            thinned=[list(row) for row in self.thinned],
-            spans=[list(row) for row in self.spans],
-            gaps=[list(row) for row in self.gaps],
-            cuts=[list(row) for row in self.cuts],
-            ledgers=list(self.ledgers),
-        )
+        return HopCounters(*map(_copied, vars(self).values()))
+
+
+def _copied(track: list[Any]) -> list[Any]:
+    """A copy of one row's lists each; ledgers are never changed, and shared."""
+    return [list(own) if isinstance(own, list) else own for own in track]
 
 
 def _cropped(spans: list[tuple[int, int]], length: int) -> list[tuple[int, int]]:
     return [(start, min(end, length)) for start, end in spans if start < length]
-
-
-def counters_of(cache: DareCache) -> HopCounters:
-    """The hop counters of a cache that a model with DARE has used."""
-    return cast("HopCounters", cache.hop_counters)

@@ -73,20 +73,6 @@ class DareLayer(StoredColumns, CacheLayerMixin):
         self.keys = self.values = None
         self.is_initialized = False
 
-    # What is stored
-
-    def token_bytes(self) -> int:
-        """Bytes of one token's key and value."""
-        return 0 if self._slabs is None else self._slabs.token_bytes
-
-    def allocated_bytes(self) -> int:
-        """Bytes of the storage of keys and values, spare columns included."""
-        return 0 if self._slabs is None else self._slabs.allocated_bytes
-
-    def bookkeeping_bytes(self) -> int:
-        """Bytes of the position and score tables, which `allocated_bytes` leaves out."""
-        return self._table.nbytes()
-
     # Storing
 
     def stage(
@@ -171,10 +157,6 @@ class DareLayer(StoredColumns, CacheLayerMixin):
         index = where - start
         new = scores.to(where.device).float().gather(1, index.clamp(0, count - 1))
         self._table.set_scores(torch.where((index >= 0) & (index < count), new, self.scores()))
-
-    def forget_unscored(self) -> None:
-        """All have their scores."""
-        self.unscored = Unscored()
 
     def _refuse_when_pruned(self) -> None:
         if self.pruned:

@@ -154,8 +154,6 @@ class TokenLog:
         """Take the rows `index`."""
         self._each(lambda whole: whole.index_select(0, index.to(whole.device)))
 
-    select = reorder
-
     def repeat(self, repeats: int) -> None:
         """Repeat every row `repeats` times in place, as HF expands a batch."""
         self._each(lambda whole: whole.repeat_interleave(repeats, dim=0))

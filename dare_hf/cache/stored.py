@@ -11,15 +11,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dare_hf.cache.columns import ColumnTable
+    from dare_hf.cache.slab import Slabs
 
 
 _MASK_ROOM = 64  # columns a mask of steps is made wider than needed
 
 
 class StoredColumns:
-    """Reads the table of the columns in use."""
+    """Reads the table of the columns in use, and the slabs."""
 
     _table: ColumnTable
+    _slabs: Slabs | None
     plain: bool
     _visible: tuple[Tensor | None, Tensor] | None
 
@@ -73,6 +75,18 @@ class StoredColumns:
     def kept_lengths(self) -> Int[Tensor, " rows"]:
         """Real tokens stored per row, counted from the bookkeeping on the device."""
         return self._table.counts()
+
+    def token_bytes(self) -> int:
+        """Bytes of one token's key and value."""
+        return 0 if self._slabs is None else self._slabs.token_bytes
+
+    def allocated_bytes(self) -> int:
+        """Bytes of the storage of keys and values, spare columns included."""
+        return 0 if self._slabs is None else self._slabs.allocated_bytes
+
+    def bookkeeping_bytes(self) -> int:
+        """Bytes of the position and score tables, which `allocated_bytes` leaves out."""
+        return self._table.nbytes()
 
     def visible(self) -> Tensor:
         """Bool[B, 1, 1, width + 1]: the columns a next token sees where it sees all, and itself."""

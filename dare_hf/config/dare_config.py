@@ -279,6 +279,16 @@ class DareConfig(PeftConfig):
         return self.schedule == "learned"
 
     @property
+    def drops(self) -> bool:
+        """Whether deeper layers go without what a layer leaves out."""
+        return self.pruned == "drop"
+
+    @property
+    def freezes(self) -> bool:
+        """Whether a layer stores keys of tokens that do not run it."""
+        return self.pruned == "freeze"
+
+    @property
     def multiplies(self) -> bool:
         """Whether a token's update is multiplied by its score, so that each layer needs scores."""
         return self.score_scaling == "multiply"

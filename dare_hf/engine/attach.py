@@ -144,16 +144,19 @@ def attach(target: Any, controller: Controller, undo: UndoRecord, owner: Owner) 
     undo.put(target, "generate", routed_generate)
     undo.put(target, "extra_repr", _shown)
     undo.put(target, "init_continuous_batching", refuse_continuous_batching)
+    flash = is_flash(controller.base_implementation)
     for index, layer in enumerate(anatomy.layers):
         layer_state = LayerState(
             controller=controller,
             index=index,
+            source=anatomy.sources[index],
             inner=current(layer, "forward"),
             names=tuple(positional(type(layer)))[1:],
             causal=bool(getattr(attention_of(layer), "is_causal", True)),
             sees_all=sees_all(attention_of(layer), anatomy.text_config),
             mean=head_mean(shared_heads(attention_of(layer), target)),
-            reads_positions=reads_positions(attention_of(layer)),
+            drops_positions=flash and not reads_positions(attention_of(layer)),
+            stream=anatomy.text_config.altup_active_idx if anatomy.spec.streams else None,
         )
         undo.set(layer, "_dare", layer_state)
         undo.set(attention_of(layer), "_dare", layer_state)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from dare_hf.engine.plan import Planner
+from dare_hf.engine.planner import Planner
 from dare_hf.engine.thread_state import ThreadState
 from dare_hf.hops.eviction import never_thins
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dare_hf.forward.token_rules import TokenRules
     from dare_hf.routers.router import Router
     from dare_hf.routing.retention import RetentionTable
-    from dare_hf.scoring.base import Scorer
+    from dare_hf.scoring.scorer import Scorer
 
 
 class InUse:
@@ -41,16 +41,37 @@ class InUse:
         return min(rates) >= 1.0 and config.max_kv_tokens is None and config.hop_summary is None
 
     @cached_property
-    def unthinned(self) -> set[int]:
-        """Layers from whose cache no hop takes anything."""
+    def _thinned(self) -> set[int]:
         config, table = self.settings.config, self.settings.table
-        return {i for i in range(len(table.vision[0])) if never_thins(config, table, i)}
+        return {i for i in range(len(table.vision[0])) if not never_thins(config, table, i)}
+
+    @property
+    def skips(self) -> bool:
+        """Whether sampled tokens may skip layers."""
+        return self.settings.config.decode == "routed" and not self.never_prunes
+
+    # Layers from which a hop that closes later takes tokens, and what it needs to choose
 
     @cached_property
-    def thinned_plans(self) -> set[int]:
-        """Layers by whose scores another, or the layer itself, is thinned."""
+    def stores_scores(self) -> set[int]:
+        """Layers whose scores must outlive the forward."""
+        return self._thinned if self.settings.config.resolved_hop_score == "stored" else set()
+
+    @cached_property
+    def keeps_queries(self) -> set[int]:
+        """Layers that keep their last queries."""
+        if self.settings.config.resolved_hop_score != "observed":
+            return set()
+        sources = self.settings.sources
+        return {layer for layer in self._thinned if sources[layer] == layer}
+
+    @cached_property
+    def scores_later(self) -> set[int]:
+        """Layers by whose scores of sampled tokens one, or another, is thinned."""
+        # an attention score is the previous layer's: a sampled token has none
+        stored = not self.settings.scorer.needs_attention
         plans = self.settings.table.plan_layers
-        return {plans[i] for i in range(len(plans)) if i not in self.unthinned}
+        return {plans[layer] for layer in self.stores_scores} if stored else set()
 
 
 class Configured:
@@ -98,21 +119,6 @@ class Configured:
     def rules(self) -> TokenRules:
         """What the configuration says about single tokens."""
         return self.settings.rules
-
-    @property
-    def planner(self) -> Planner:
-        """Makes the plans of spans."""
-        return self.in_use.planner
-
-    @property
-    def never_prunes(self) -> bool:
-        """Whether nothing can be pruned."""
-        return self.in_use.never_prunes
-
-    @property
-    def skips(self) -> bool:
-        """Whether sampled tokens may skip layers."""
-        return self.config.decode == "routed" and not self.never_prunes
 
     def configure(self, settings: Settings) -> None:
         """Route by these settings from the next forward on."""

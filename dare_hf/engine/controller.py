@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from dare_hf.cache import DareCache, TokenLog
 from dare_hf.cache.refused import check_caches
 from dare_hf.compat import CACHE, CACHE_NAMES, checkpoints, named_cache
 from dare_hf.engine.attention_functions import check_attention
-from dare_hf.engine.layer_questions import LayerQuestions
+from dare_hf.engine.compact_run import CompactRun
 from dare_hf.engine.newest_run import NewestRun
 from dare_hf.engine.recorded_graph import check_recorded
 from dare_hf.engine.recorder import Recorder
@@ -27,34 +28,31 @@ from dare_hf.engine.step import (
     score_later,
 )
 from dare_hf.engine.thread_state import OpenForward, Repeats
+from dare_hf.engine.training_forwards import TrainingForwards
 from dare_hf.forward.hop_closing import close_context
 from dare_hf.forward.inputs import open_context, without_own
 from dare_hf.forward.packed import check_packed
-from dare_hf.forward.told_prompt import NAME as PROMPT_LENGTH
-from dare_hf.forward.told_prompt import prompt_before, told_labels
 from dare_hf.hops.compaction import compact, due_rows
 from dare_hf.hops.in_forward import InnerHops
 from dare_hf.hops.ledger import LedgerRules
 from dare_hf.hops.ledger_rows import know_rows, note_span
-from dare_hf.simulation import SimulationRecord, open_simulation
+from dare_hf.simulation import Simulation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from dare_hf.architectures.locate import Anatomy
+    from dare_hf.engine.counted_call import CountedCall
     from dare_hf.engine.settings import Settings
     from dare_hf.forward.facts import ForwardContext
-    from dare_hf.forward.generation_call import GenerationCall
     from dare_hf.hops.compaction import Compaction
     from dare_hf.report.flops import LayerShape
 
 
-class Controller(LayerQuestions):
+class Controller(TrainingForwards):
     """What DARE knows about one model; reached from each routed layer.
 
     Attributes:
-        anatomy: Where the model's layers are.
-        base_implementation: The attention implementation the model had.
         newest: The newest run that has finished, in whatever thread.
     """
 
@@ -65,8 +63,7 @@ class Controller(LayerQuestions):
         base_implementation: str,
         exempt: Mapping[int, int],
     ) -> None:
-        super().__init__(settings, anatomy, exempt)
-        self.base_implementation = base_implementation
+        super().__init__(settings, anatomy, base_implementation, exempt)
         self._shares = kv_shares(anatomy)
         self.notes = share_note(self._shares)
         self.token_kwargs = dict(anatomy.spec.token_kwargs)
@@ -74,8 +71,6 @@ class Controller(LayerQuestions):
         self._expanders = found if any(found) else None
         self.newest = NewestRun()
         self._recompute = Repeats()
-        # How far one training forward moves the thresholds of routed decode; None: not at all.
-        self.threshold_step: float | None = None
 
     @property
     def shapes(self) -> list[LayerShape]:
@@ -100,24 +95,29 @@ class Controller(LayerQuestions):
     # what the routed layers ask
 
     @property
-    def context(self) -> ForwardContext | None:
+    def run(self) -> CompactRun | Simulation | None:
         """The forward this thread is in."""
-        return self._local.contexts[-1].context if self._local.contexts else None
+        return self._local.forwards[-1].run if self._local.forwards else None
+
+    @property
+    def context(self) -> ForwardContext | None:
+        """Its facts."""
+        return None if self.run is None else self.run.context
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the hidden states."""
         return next(p.dtype for p in self.anatomy.layers[0].parameters() if p.is_floating_point())
 
-    def find_context(self, kwargs: Mapping[str, Any]) -> ForwardContext | None:
+    def find_run(self, kwargs: Mapping[str, Any]) -> CompactRun | Simulation | None:
         """The open forward, or the closed one that gradient checkpointing repeats a layer of."""
-        if self._local.contexts:
-            return self._local.contexts[-1].context
+        if self._local.forwards:
+            return self._local.forwards[-1].run
         return None if self.disabled else self._recompute.find(kwargs)
 
-    def remember_context(self, kwargs: Mapping[str, Any], context: ForwardContext) -> None:
+    def remember_run(self, kwargs: Mapping[str, Any], run: CompactRun | Simulation) -> None:
         """Note which forward these layer arguments belong to, for a later recomputation."""
-        self._recompute.remember(kwargs, context)
+        self._recompute.remember(kwargs, run)
 
     # forwards
 
@@ -135,7 +135,7 @@ class Controller(LayerQuestions):
         kwargs = named_cache(kwargs)
         if self.disabled:
             self.newest.note_uncounted()
-        if self.disabled or self._local.contexts:
+        if self.disabled or self._local.forwards:
             return without_own(kwargs)
         check_recorded()
         self.follow_adapter()
@@ -154,21 +154,29 @@ class Controller(LayerQuestions):
             context = open_context(taught, cache, self.rules, call)
             recorder = Recorder.of(self, cache, call)
             inside = InnerHops.inside(context, self.config)
+            run = CompactRun(
+                context,
+                routing=self.in_use,
+                anatomy=self.anatomy,
+                exempt=self.exempt,
+                call=call,
+                whole=self._local.whole > 0,
+            )
             if cache is not None:
                 know_rows(cache, len(self.anatomy.layers))
                 if inside or most_unscored(cache) >= MOST_UNSCORED:
                     score_later(cache, self, recorder.note_scored)
                 self._compact(cache, recorder)
                 ends = call is not None and call.recorder is recorder
-                context.step = not inside and is_step(context, kwargs, self, ends=ends)
-                if context.step:
+                run.step = not inside and is_step(context, kwargs, self, ends=ends)
+                if run.step:
                     mask = kwargs.get("attention_mask")
-                    context.hides_pads_only = hides_pads_only(context, mask, call)
-                cache.begin(step=context.step)
+                    run.hides_pads_only = hides_pads_only(context, mask, call)
+                cache.begin(step=run.step)
             if inside:
                 log = cache.log if cache is not None else TokenLog()
-                context.inner_hops = InnerHops(context, log, self.config, self.table)
-        self._local.contexts.append(OpenForward(module, context, kwargs, started, recorder, call))
+                run.inner_hops = InnerHops(context, log, self.config, self.table)
+        self._local.forwards.append(OpenForward(module, run, started, recorder))
         self._keep_span(kwargs)
         return without_own(kwargs)
 
@@ -188,108 +196,66 @@ class Controller(LayerQuestions):
         (transformers, Gemma 4); of indices they compute all. One column, or what was sampled after
         it, runs in any case.
         """
-        keep, context = kwargs.get("logits_to_keep"), self.context
-        if not isinstance(keep, int) or not keep or context is None or not self.anatomy.shares:
+        keep, run = kwargs.get("logits_to_keep"), self.run
+        if not isinstance(keep, int) or not keep or run is None or not self.anatomy.shares:
             return
+        context = run.context
         # nor can a flex mask be cut (Gemma 4 asks for the implementation by its own name)
         flex = self.base_implementation.endswith("flex_attention")
-        if flex or context.simulation is not None or keep > max(context.sampled) + 1:
+        if flex or isinstance(run, Simulation) or keep > max(context.sampled) + 1:
             last = torch.arange(context.length, device=context.device)[-keep:]
             kwargs["logits_to_keep"] = last
 
-    def _taught(self, kwargs: dict[str, Any], call: GenerationCall | None) -> dict[str, Any]:
-        """The arguments, with labels where a lesson or a prompt length stands in for them."""
-        taught = kwargs if call is not None else kwargs | self._local.lesson
-        if (columns := taught.pop("sampled_columns", None)) is not None:
-            taught[PROMPT_LENGTH] = prompt_before(kwargs, columns)
-        told = told_labels(taught, call)
-        return taught if told is None else taught | {"labels": told}
-
-    def _open_simulation(self, module: Any, kwargs: dict[str, Any], taught: dict[str, Any]) -> bool:
-        """Open the context of a training forward, where this is one the compact path leaves.
-
-        A prompt length is no supervision: without gradients, or over a cache that is to be filled,
-        the compact path has the same values.
-        """
-        told = taught.get(PROMPT_LENGTH) is not None
-        if told and not (torch.is_grad_enabled() and kwargs.get(CACHE) is None):
-            return False
-        context = open_simulation(taught, self)
-        if context is None:
-            return False
-        self._local.record = None
-        self._local.contexts.append(OpenForward(module, context, kwargs, time.perf_counter()))
-        return True
-
-    @contextmanager
-    def teach(self, **lesson: Any) -> Iterator[None]:
-        """Read forwards of the block by these `labels` and `hop_ids`, whatever reaches the model.
-
-        Or by `sampled_columns`: how many columns at the end were sampled, the prompt before them. A
-        trainer may take the labels out of the arguments (label smoothing), or call the model
-        inside the one that takes labels (TRL).
-        """
-        before, self._local.record = self._local.lesson, None
-        self._local.lesson = {name: value for name, value in lesson.items() if value is not None}
-        try:
-            yield
-        finally:
-            self._local.lesson = before
-
-    @property
-    def record(self) -> SimulationRecord | None:
-        """What this thread's last training forward noted for the auxiliary losses."""
-        return self._local.record
-
     def _drop_stale(self, module: Any) -> None:
         """Forget forwards that an interrupt (KeyboardInterrupt) left open."""
-        opened = [entry.module is module for entry in self._local.contexts]
+        opened = [entry.module is module for entry in self._local.forwards]
         if any(opened):
-            self.drop_contexts(opened.index(True))
+            self.drop_forwards(opened.index(True))
 
-    def drop_contexts(self, depth: int) -> None:
+    def drop_forwards(self, depth: int) -> None:
         """Roll back and forget open forwards beyond the first `depth`."""
-        while len(self._local.contexts) > depth:
-            context = self._local.contexts.pop().context
-            context.release()
-            if (cache := context.cache) is not None:
+        while len(self._local.forwards) > depth:
+            run = self._local.forwards.pop().run
+            run.release()
+            if (cache := run.context.cache) is not None:
                 cache.rollback()
 
     def after_forward(self, module: Any, *, failed: bool) -> None:
         """Close the context that `module` opened; a failed forward leaves the cache as it was."""
-        if not self._local.contexts or self._local.contexts[-1].module is not module:
+        if not self._local.forwards or self._local.forwards[-1].module is not module:
             return
-        entry = self._local.contexts.pop()
-        context, cache = entry.context, entry.context.cache
-        if context.simulation is not None and not failed:
-            self._local.record = context.simulation.record
-            context.simulation.learn_updates()
-        context.release()
-        if context.simulation is not None:
+        entry = self._local.forwards.pop()
+        run, context, cache = entry.run, entry.run.context, entry.run.context.cache
+        if isinstance(run, Simulation):
+            if not failed:
+                self._local.record = run.record
+                run.learn_updates()
+            run.release()
             self.newest.note_uncounted()
             return
+        run.release()
         if failed:
             if cache is not None:
                 cache.rollback()
             return
         recorder = entry.recorder
         assert recorder is not None
-        ended = not self._local.whole and context.span_ends is not None and not any(context.sampled)
+        ended = not run.whole and context.span_ends is not None and not any(context.sampled)
         left: list[Compaction] = []
         with nullcontext() if cache is None else cache.all_or_nothing():
             close_context(context)
-            note_span(context, LedgerRules(self.config, self.table, self.exempt))
+            note_span(context, LedgerRules(run.config, run.table, run.exempt))
             recorder.read(context)
-            if self.config.max_kv_tokens is not None and cache is not None and ended:
+            if run.config.max_kv_tokens is not None and cache is not None and ended:
                 self._compact(cache, recorder, left)
         # Nothing fails from here on: a forward whose caller got an error has left no trace.
         if cache is not None:
             cache.commit()
-        recorder.note_forward(context)
+        recorder.note_forward(run)
         for compaction in left:
             recorder.note_compaction(compaction)
-        context.cache = None
-        if entry.call is None:
+        run.context = replace(context, cache=None)
+        if run.call is None:
             recorder.builder.seconds(time.perf_counter() - entry.started)
             if self._local.calls:
                 self._local.calls[-1].other = recorder
@@ -317,7 +283,7 @@ class Controller(LayerQuestions):
             cache.arrange(self.anatomy.slots, self.anatomy.text_config)
         return cache
 
-    def _call_of(self, kwargs: Mapping[str, Any]) -> GenerationCall | None:
+    def _call_of(self, kwargs: Mapping[str, Any]) -> CountedCall | None:
         """The running generate whose sequence a forward is of: that of its cache.
 
         A generate without a cache knows its forwards by their ids.
@@ -333,7 +299,7 @@ class Controller(LayerQuestions):
     # generate
 
     @contextmanager
-    def generating(self, call: GenerationCall, cache: DareCache | None) -> Iterator[None]:
+    def generating(self, call: CountedCall, cache: DareCache | None) -> Iterator[None]:
         """A generate runs in this thread, over `cache`; at its end the report is frozen."""
         call.cached, before = cache is not None, None
         if cache is not None:
@@ -342,22 +308,19 @@ class Controller(LayerQuestions):
         try:
             yield
         finally:
-            self.drop_contexts(0)
+            self.drop_forwards(0)
             self._local.calls.pop()
             call.running = False
             if cache is not None:
                 cache.call = before
-            self._end(call)
+            try:
+                if call.continues and call.recorder is not None and call.recorder.cache is not None:
+                    # by the adapter that has processed them, whatever is active later
+                    score_later(call.recorder.cache, self, call.recorder.note_scored)
+            finally:
+                self.finish(call)
 
-    def _end(self, call: GenerationCall) -> None:
-        try:
-            if call.continues and call.recorder is not None and call.recorder.cache is not None:
-                # by the adapter that has processed them, whatever is active when their hop closes
-                score_later(call.recorder.cache, self, call.recorder.note_scored)
-        finally:
-            self.finish(call)
-
-    def finish(self, call: GenerationCall) -> None:
+    def finish(self, call: CountedCall) -> None:
         """Freeze the report of a generate and make it the newest one."""
         recorder = call.recorder or call.other
         if recorder is not None:

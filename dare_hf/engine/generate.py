@@ -14,9 +14,9 @@ from dare_hf.cache import DareCache
 from dare_hf.cache.refused import check_cache, check_implementation
 from dare_hf.compat import CACHE, check_new_images, check_prefill_chunks, named_cache
 from dare_hf.engine.call_config import called_with
+from dare_hf.engine.counted_call import CountedCall
 from dare_hf.engine.peft_places import check_prepared
 from dare_hf.errors import DareInputError, DareStateError
-from dare_hf.forward.generation_call import GenerationCall
 from dare_hf.forward.modality import check_mask
 from dare_hf.forward.packed import check_packed
 from dare_hf.routing.selection import isin_ids
@@ -135,7 +135,7 @@ class _CountedStreamer(BaseStreamer):
         call: The generate that writes to it.
     """
 
-    def __init__(self, inner: Any, controller: Controller, call: GenerationCall) -> None:
+    def __init__(self, inner: Any, controller: Controller, call: CountedCall) -> None:
         self._inner, self._controller, self._call = inner, controller, call
 
     def put(self, value: Tensor) -> None:
@@ -194,7 +194,7 @@ def _continues(model: Any, given: dict[str, Any], config: Any) -> bool:
     return any(bool(source) for source in sources)
 
 
-def _call(given: dict[str, Any], cache: DareCache | None, mask: Tensor | None) -> GenerationCall:
+def _call(given: dict[str, Any], cache: DareCache | None, mask: Tensor | None) -> CountedCall:
     ids = given.get("inputs")
     for name in ("input_ids", "inputs_embeds"):
         if given.get(name) is not None:
@@ -208,7 +208,7 @@ def _call(given: dict[str, Any], cache: DareCache | None, mask: Tensor | None) -
     if mask is not None and not wider:  # that is held to the prompt the first forward brings
         check_mask(mask, rows, length - start, start)
     prompt = None if ids is None or ids.is_floating_point() else ids
-    return GenerationCall(prompt_length=length, start=start, modality_mask=mask, prompt=prompt)
+    return CountedCall(prompt_length=length, start=start, modality_mask=mask, prompt=prompt)
 
 
 def _placeholders(given: dict[str, Any], vision_ids: Sequence[int]) -> Tensor | None:

@@ -6,10 +6,9 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dare_hf.engine.plan import keep_all
-
 if TYPE_CHECKING:
     from dare_hf.cache import DareCache
+    from dare_hf.engine.compact_run import CompactRun
     from dare_hf.forward.facts import ForwardContext
 
 
@@ -50,10 +49,11 @@ class Steps:
         return self.past + self.count == context.past and self.head_rows == context.head_rows
 
 
-def plan_quick_layers(context: ForwardContext) -> None:
+def plan_quick_layers(run: CompactRun) -> None:
     """Say of layers that needed no plan in a step in which others did what they ran."""
+    context = run.context
     stored = [] if context.cache is None else context.cache.stored
     for i, slot in enumerate(stored):
-        if i not in context.plans and slot.seen > context.past:
-            context.plans[i] = keep_all(context)
-            context.cached_before[i] = [n - 1 for n in slot.kept_host]
+        if i not in run.plans and slot.seen > context.past:
+            run.plans[i] = run.keep_all
+            run.cached_before[i] = [n - 1 for n in slot.kept_host]

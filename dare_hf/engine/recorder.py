@@ -5,53 +5,27 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from transformers.utils import logging
-
-from dare_hf.cache.hop_counters import counters_of
+from dare_hf.engine.excess import Excess
 from dare_hf.engine.joined_steps import Steps, plan_quick_layers
 from dare_hf.engine.peft_places import check_places
 from dare_hf.hops.compaction import stored_counts
 from dare_hf.report.builder import ReportBuilder
 from dare_hf.report.flops import kv_bytes
 from dare_hf.routing.kinds import TEXT, VISION
-from dare_hf.scoring.cost import ScoringCost
+from dare_hf.scoring.scorer import Scoring
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dare_hf.cache import DareCache
+    from dare_hf.engine.compact_run import CompactRun
     from dare_hf.engine.controller import Controller
-    from dare_hf.engine.settings import Settings
+    from dare_hf.engine.counted_call import CountedCall
     from dare_hf.forward.facts import ForwardContext
-    from dare_hf.forward.generation_call import GenerationCall
     from dare_hf.hops.compaction import Compaction, HeldCounts
     from dare_hf.hops.ledger import Ledger
     from dare_hf.report import DareReport
     from dare_hf.report.report import Phase
-    from dare_hf.routing.retention import RetentionTable
-
-logger = logging.get_logger("transformers.dare_hf")
-_EXCESS = (
-    "tokens that are always kept (first and last ones, special ones, image delimiters, the last "
-    "recent_tokens of the text) go beyond a layer's budget, or batch_budget is 'equal'"
-)
-
-
-def _asked(settings: Settings, table: RetentionTable) -> dict[int, str]:
-    """By modality what was asked for: a named rate, or those of a list or an adapter."""
-    kinds = {VISION: "vision", TEXT: "text"}
-    if settings.spreads:
-        asked = {
-            kind: getattr(settings.config, f"{name}_retention") for kind, name in kinds.items()
-        }
-        names = {kind: f"{name}_retention" for kind, name in kinds.items()}
-    else:
-        asked = {kind: table.mean(kind) for kind in kinds}
-        names = {kind: f"{name} rates of the schedule" for kind, name in kinds.items()}
-    return {
-        kind: f"{names[kind]}: asked for a mean of {asked[kind]:.4g} over the layers"
-        for kind in kinds
-    }
 
 
 class Recorder:
@@ -64,7 +38,7 @@ class Recorder:
     """
 
     def __init__(
-        self, controller: Controller, cache: DareCache | None, call: GenerationCall | None = None
+        self, controller: Controller, cache: DareCache | None, call: CountedCall | None = None
     ) -> None:
         self._controller, self._call = weakref.ref(controller), call
         anatomy = controller.anatomy
@@ -77,7 +51,7 @@ class Recorder:
             vocab=vocab,
             itemsize=controller.dtype.itemsize,
         )
-        self.scorer = controller.config.scorer
+        self.scorer = controller.scorer
         self.cache = cache
         self._real: list[int] = []
         self._tail = 0  # columns at the end in which every row has a sampled token
@@ -93,13 +67,13 @@ class Recorder:
         self._counted: tuple[HeldCounts, list[list[int]]] | None = None
         for note in (*controller.notes, *controller.settings.notes):
             self.builder.note(note)
-        self._table, self._freezes = controller.table, controller.config.pruned == "freeze"
+        self._freezes = controller.config.freezes
         whole = controller._local.whole or self._freezes
-        self._asked = {} if whole else _asked(controller.settings, controller.table)
+        self._excess = None if whole else Excess(controller.settings, self.builder.note)
 
     @classmethod
     def of(
-        cls, controller: Controller, cache: DareCache | None, call: GenerationCall | None
+        cls, controller: Controller, cache: DareCache | None, call: CountedCall | None
     ) -> Recorder:
         """Who counts a forward: one for each sequence of a generate, and of bare forwards.
 
@@ -189,20 +163,21 @@ class Recorder:
             # a carried cache that nobody has counted in this run; its own span is in it already
             self._counted = stored_counts(cache, context.span_hop)
 
-    def note_forward(self, context: ForwardContext) -> None:
+    def note_forward(self, run: CompactRun) -> None:
         """Count one forward, from host numbers alone; its device was asked by `read`."""
-        if context.step and not context.plans:
-            self._join_steps(context)
+        context, plans = run.context, run.plans
+        if run.step and not plans:
+            self._join_steps(run)
             return
         self._count_steps()
-        if context.step:
-            plan_quick_layers(context)
-        layers, plans = range(len(self.shapes)), context.plans
+        if run.step:
+            plan_quick_layers(run)
+        layers = range(len(self.shapes))
         self._ran = set(plans)
         running = {id(plan): plan.running(context) for plan in plans.values()}
         nothing = [0] * context.batch
         queries = [running[id(plans[i])] if i in plans else nothing for i in layers]
-        before = [context.cached_before.get(i) or nothing for i in layers]
+        before = [run.cached_before.get(i) or nothing for i in layers]
         real = context.real_counts
         frozen = {i for i, plan in plans.items() if self._freezes and not plan.plain}
         brought = [real if i in frozen else queries[i] for i in layers]
@@ -229,14 +204,15 @@ class Recorder:
             if plan.ran is not None:
                 self.builder.skipped(layer, sum(context.sampled) - sum(plan.ran))
         self.builder.head(context.head_rows, phase)
-        self._note_scoring(context, keys, phase)
-        self._note_span(context)
+        self._note_scoring(run, keys, phase)
+        self._note_span(run)
 
-    def _join_steps(self, context: ForwardContext) -> None:
+    def _join_steps(self, run: CompactRun) -> None:
         """Add a step to those that go on.
 
         Layers hold one token more after each, so that nothing is to be looked at before the end.
         """
+        context = run.context
         begins = any(self._begun) or self._counted is not None
         if begins or self._steps is None or not self._steps.goes_on(context):
             self._count_steps()
@@ -246,7 +222,7 @@ class Recorder:
             self._steps = Steps.begun(context)
             self._ran = set(self._steps.kept)
             self._ledgers = _ledgers(context.cache)
-            self._note_span(context)
+            self._note_span(run)
         self._steps.count += 1
 
     def _count_steps(self) -> None:
@@ -265,25 +241,25 @@ class Recorder:
 
     def note_scored(self, layer: int, tokens: int) -> None:
         """Count the scoring of sampled tokens whose hop has closed."""
-        cost = ScoringCost(self.scorer, self.shapes, self.builder.hidden)
-        self.builder.scorer(cost.of(layer, tokens, [], []), "decode")
+        work = Scoring(self.shapes, self.builder.hidden, layer, tokens)
+        self.builder.scorer(self.scorer.flops(work), "decode")
 
-    def _note_scoring(self, context: ForwardContext, keys: list[list[int]], phase: Phase) -> None:
-        if self.scorer == "attention" and context.span is None:
-            return  # sampled tokens get no attention score
+    def _note_scoring(self, run: CompactRun, keys: list[list[int]], phase: Phase) -> None:
+        context, plans = run.context, run.plans
         flops, tokens = 0, sum(context.real_counts)
-        for index, plan in context.plans.items():
-            reused = self.sources[index] != index or context.plans.get(index - 1) is plan
+        for index, plan in plans.items():
+            reused = self.sources[index] != index or plans.get(index - 1) is plan
             if plan.scores is None or reused:
                 continue
-            before = context.plans[index - 1].kept if index else []
-            cost = ScoringCost(self.scorer, self.shapes, self.builder.hidden)
+            before = plans[index - 1].kept if index else []
             ran, seen = [sum(row) for row in before], keys[max(index - 1, 0)]
-            flops += cost.of(index, tokens, ran, seen, context.counts)
+            numbers = (self.shapes, self.builder.hidden, index, tokens, ran, seen)
+            flops += self.scorer.flops(Scoring(*numbers, context.counts))
         self.builder.scorer(flops, phase)
 
-    def _note_span(self, context: ForwardContext) -> None:
+    def _note_span(self, run: CompactRun) -> None:
         """Add the span to what the layers hold; record each hop that begins."""
+        context, plans = run.context, run.plans
         batch = context.batch
         if context.past == 0:
             self._totals = [[0, 0] for _ in range(batch)]
@@ -295,15 +271,18 @@ class Recorder:
             for row, counts in enumerate(context.counts):
                 for m in (TEXT, VISION):
                     self._totals[row][m] += counts[m]
-                    for layer in context.plans:
-                        plan = context.plans[self.sources[layer]]
+                    for layer in plans:
+                        plan = plans[self.sources[layer]]
                         stored = counts[m] if self._freezes else plan.kept[row][m]
                         self._held[layer][row][m] += stored
         if context.span_ends is not None and not any(context.span_hop):
             self._record([0] * batch)
-            self._note_excess()
-        elif context.span is not None and any(context.span_hop):
-            self._note_injected(context)
+            if self._excess is not None:
+                ran = [self._held[self.sources[layer]] for layer in self._ran]
+                self._excess.prompt(self._totals, ran)
+        elif self._excess is not None and context.span is not None and any(context.span_hop):
+            ran = [plans[self.sources[layer]].kept for layer in plans]
+            self._excess.injected(context.span_hop, context.counts, ran)
         if any(self._begun):
             self._record(self._begun)
             self._begun = []
@@ -312,30 +291,6 @@ class Recorder:
         """With the layers that no forward has come to."""
         more = len(self.shapes) - len(held)
         return held + [[[0, 0] for _ in self._totals] for _ in range(more)]
-
-    def _note_excess(self) -> None:
-        """Say where the prompt's layers kept more than was named, by over one token a row."""
-        for kind, what in self._asked.items():
-            totals = [row[kind] for row in self._totals if row[kind]]
-            ran = [self._held[self.sources[layer]] for layer in self._ran]
-            kept = sum(row[kind] for held in ran for row in held) / len(ran)
-            if kept > self._table.mean(kind) * sum(totals) + len(totals):
-                got = f"{kept / sum(totals):.4g} of the prompt ran"
-                self.builder.note(f"{what}; {got}, since {_EXCESS}")
-                logger.warning_once(f"{what}; more runs where {_EXCESS}: see the report's notes")
-
-    def _note_injected(self, context: ForwardContext) -> None:
-        """Say once where an injected span's layers kept more than their rates, likewise."""
-        for kind, what in self._asked.items():
-            rows = zip(context.span_hop, context.counts, strict=True)
-            allowed = sum(
-                self._table.mean(kind, hop) * counts[kind] + 1
-                for hop, counts in rows
-                if counts[kind]
-            )
-            plans = [context.plans[self.sources[layer]] for layer in context.plans]
-            if sum(row[kind] for plan in plans for row in plan.kept) / len(plans) > allowed:
-                self.builder.note(f"{what}; more of an injected span ran, since {_EXCESS}")
 
     def _record(self, hops: list[int]) -> None:
         first = not any(hops)
@@ -397,4 +352,4 @@ def _kept(cache: DareCache, layers: int) -> list[list[int]]:
 
 
 def _ledgers(cache: DareCache) -> list[Ledger | None]:
-    return list(counters_of(cache).ledgers) if cache.hop_counters is not None else []
+    return list(cache.hop_counters.ledgers)

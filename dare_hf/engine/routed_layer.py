@@ -9,23 +9,14 @@ import torch
 
 from dare_hf.compat import CACHE, checkpoints
 from dare_hf.engine import step
-from dare_hf.engine.gathering import (
-    gathered_arguments,
-    key_view,
-    needs_gather,
-    slot_of,
-    stage,
-    tail_mask,
-    take_tokens,
-)
-from dare_hf.engine.plan import Plan, keep_all
+from dare_hf.engine.gathering import Turn, take_tokens
 from dare_hf.errors import DareInputError, DareStateError
 from dare_hf.hops.in_forward import restrict
 from dare_hf.routers.holder import mean_update_of, thresholds_of
 from dare_hf.routing.scores import HeadMean, local_mean
 from dare_hf.routing.stale import stale
 from dare_hf.scoring.observe import AttentionCall, push_next, push_queries
-from dare_hf.simulation import damped, simulated_forward
+from dare_hf.simulation import Simulation, damped, simulated_forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,8 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dare_hf.cache import DareLayer
+    from dare_hf.engine.compact_run import CompactRun
     from dare_hf.engine.controller import Controller
-    from dare_hf.forward.facts import ForwardContext
+    from dare_hf.forward.plan import Plan
 
 
 class KeysMade(Exception):
@@ -52,29 +44,28 @@ class LayerState:
     Attributes:
         controller: The model's controller.
         index: The layer's index in the model.
+        source: The layer whose keys this one reads: itself, or an earlier one.
         inner: The forward that was there before.
         names: Its parameter names after hidden_states, for arguments passed by position.
         causal: What a None mask means in this layer.
         sees_all: Whether a token sees every real one before it: no window, no chunks.
         mean: Over all heads of this layer, where this process holds some.
-        reads_positions: Whether its attention computes with position ids itself.
+        drops_positions: Whether position ids with gaps would be read as packed sequences.
+        stream: Of several hidden states a token the one that scorers see, None where it has one.
         returns: How many values the layer returned last, 0 for a bare tensor; -1 before.
     """
 
     controller: Controller
     index: int
+    source: int
     inner: Callable[..., Any]
     names: tuple[str, ...] = field(default=())
     causal: bool = True
     sees_all: bool = False
     mean: HeadMean = local_mean
-    reads_positions: bool = False
+    drops_positions: bool = False
+    stream: int | None = None
     returns: int = -1
-
-    @property
-    def source(self) -> int:
-        """The layer whose keys this one reads: itself, or an earlier one."""
-        return self.controller.anatomy.sources[self.index]
 
     @property
     def watching(self) -> bool:
@@ -87,108 +78,101 @@ class LayerState:
         Raises:
             KeysMade: The layer was only to make keys and values, and has.
         """
-        context = self._watched()
-        if context is None or context.frozen is None:
+        run = self._watched()
+        if run is None or run.frozen is None:
             return query, key, value
-        if not context.frozen:
+        if not run.frozen:
             raise KeysMade(key, value)
-        return query, context.frozen[0], context.frozen[1]
+        return query, run.frozen[0], run.frozen[1]
 
     def before_attention(self, tensors: tuple[Tensor, Tensor, Tensor], call: AttentionCall) -> Any:
         """The mask this layer's attention shall use; called by its attention function."""
-        context = self._watched()
-        if context is None or context.inner_hops is None or context.columns is None:
+        run = self._watched()
+        if run is None or run.inner_hops is None or run.columns is None:
             return damped(call.mask, tensors, call.softmax)
         with torch.no_grad():
-            inner = context.inner_hops
-            allowed = inner.allowed(context, self.index, tensors, call, self.source)
-            return restrict(call.mask, allowed, context.columns)
+            allowed = run.inner_hops.allowed(run, self.index, tensors, call, self.source)
+            return restrict(call.mask, allowed, run.columns)
 
     def after_attention(self, tensors: tuple[Tensor, Tensor, Tensor], call: AttentionCall) -> None:
         """Read what attention has seen: the next layer's scores, the queries of the hop."""
-        context = self._watched()
-        if context is not None and context.step:
-            push_next(context.cache.layer(self.index), tensors[0], context.past, call)
+        run, index = self._watched(), self.index
+        if run is not None and run.step:
+            push_next(run.context.cache.layer(index), tensors[0], run.context.past, call)
             return
         if (listener := self.controller._local.listener) is not None:
             listener(self.source, tensors, call)
-        if context is None or context.columns is None:
+        if run is None or run.columns is None:
             return
+        context = run.context
         with torch.no_grad():
-            if self.controller.captures(self.index, context):
-                scorer: Any = self.controller.scorer  # one that needs attention observes it
-                scorer.observe(context, self.index, tensors, call)
-            if self.controller.keeps_queries(self.index) and context.cache is not None:
-                running = context.running_columns(context.columns, tensors[0].shape[2])
-                dense = context.plans[self.index].live is None
-                slot = context.cache.layer(self.index)
-                sampled = max(context.sampled)
+            if run.captures(index):
+                run.scorer.observe(run, index, tensors, call)
+            if index in run.keeps_queries and context.cache is not None:
+                running = run.running_columns(run.columns, tensors[0].shape[2])
+                dense, sampled = run.plans[index].live is None, max(context.sampled)
+                slot = context.cache.layer(index)
                 push_queries(slot, tensors[0], running, call, sampled=sampled, dense=dense)
 
-    def _watched(self) -> ForwardContext | None:
-        context = self.controller.context
-        return context if context is not None and context.capture_layer == self.index else None
+    def _watched(self) -> CompactRun | None:
+        run: Any = self.controller.run  # of a simulation none is
+        return run if run is not None and run.capture_layer == self.index else None
 
 
 def routed_forward(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The forward DARE puts on a decoder layer; without an open context it is HF's own."""
+    """The forward DARE puts on a decoder layer; without an open forward it is HF's own."""
     state: LayerState | None = vars(layer).get("_dare")
     if state is None:  # a wrapper made since has outlived DARE
         return type(layer).forward(layer, hidden_states, *args, **kwargs)
-    context = state.controller.find_context(kwargs)
-    if context is None:
+    run = state.controller.find_run(kwargs)
+    if run is None:
         return state.inner(hidden_states, *args, **kwargs)
     kwargs.update(zip(state.names, args, strict=False))
-    if context.step and step.prepare(state, context, hidden_states, kwargs):
+    if isinstance(run, Simulation):
+        state.controller.remember_run(kwargs, run)
+        return simulated_forward(layer, state, run, hidden_states, kwargs)
+    if run.step and step.prepare(state, run, hidden_states, kwargs):
         output = state.inner(hidden_states, **kwargs)
-        context.capture_layer = -1
+        run.capture_layer = -1
         return output
-    if context.simulation is not None:
-        state.controller.remember_context(kwargs, context)
-        return simulated_forward(layer, state, context, hidden_states, kwargs)
-    controller = state.controller
-    context.rotary = kwargs.get("position_embeddings")
-    plan = _plan_for(layer, state, context, controller.anatomy.scored(hidden_states))
-    hidden_states = plan.inputs(hidden_states, state.index)
-    controller.remember_context(kwargs, context)
-    if controller.anatomy.sources.count(state.index) > 1:
-        context.keys[state.index] = key_view(state, context, plan, kwargs)
-    if plan.idle(context) and (slot := slot_of(state, context, kwargs)) is not None:
-        passed = _passed_by(layer, state, context, hidden_states, slot)
+    run.rotary = kwargs.get("position_embeddings")
+    active = hidden_states if state.stream is None else hidden_states[state.stream]
+    plan = _plan_for(layer, state, run, active)
+    if plan.merged is not None:
+        hidden_states = plan.inputs(hidden_states, state.index)
+    if torch.is_grad_enabled():
+        state.controller.remember_run(kwargs, run)
+    return _run_layer(Turn(layer, state, run, plan, kwargs), hidden_states)
+
+
+def _run_layer(turn: Turn, hidden: Tensor) -> Any:
+    """The layer over the tokens of its plan, in [B, S, D] of all."""
+    state, run, plan, kwargs = turn.state, turn.run, turn.plan, turn.kwargs
+    index = state.index
+    if run.anatomy.sources.count(index) > 1:
+        run.keys[index] = turn.key_view()
+    if plan.ran is not None and plan.idle(run.context) and turn.slot is not None:
+        passed = _passed_by(turn, hidden, turn.slot)
         if passed is not None:
             return passed
-    if controller.config.pruned == "freeze" and not plan.plain and context.span is not None:
-        return _frozen_forward(layer, state, context, plan, hidden_states, kwargs)
-    stage(state, context, plan, kwargs)
-    reads = controller.keeps_queries(state.index) or context.inner_hops is not None
-    reads = reads or controller.captures(state.index, context)
-    context.capture_layer = state.index if reads else -1
-    if not needs_gather(state, context, plan, kwargs):
-        output = state.inner(hidden_states, **kwargs)
-        context.capture_layer = -1
-        output = _scaled(state, plan, hidden_states, output)
-        return _scatter(layer, state, context, output, hidden_states, plan)
-    if plan.cut:
-        kwargs["attention_mask"] = tail_mask(state, context, plan, kwargs)
-        output = state.inner(hidden_states, **kwargs)
-        context.capture_layer = -1
-        return _scaled(state, plan, hidden_states, output)
-    gathered = gathered_arguments(state, context, plan, kwargs)
-    rows = take_tokens(hidden_states, plan.index, -2) if plan.index is not None else hidden_states
-    output = state.inner(rows, **gathered)
-    context.capture_layer = -1
-    output = _scaled(state, plan, rows, output)
-    return _scatter(layer, state, context, output, hidden_states, plan)
+    if run.freezes and not plan.plain and run.context.span is not None:
+        return _frozen_forward(turn, hidden)
+    turn.stage()
+    reads = index in run.keeps_queries or run.inner_hops is not None or run.captures(index)
+    run.capture_layer = index if reads else -1
+    rows, gathers = hidden, turn.needs_gather()
+    if gathers and plan.cut:
+        kwargs["attention_mask"] = turn.tail_mask()
+    elif gathers:
+        kwargs = turn.arguments()
+        rows = hidden if plan.index is None else take_tokens(hidden, plan.index, -2)
+    output = state.inner(rows, **kwargs)
+    run.capture_layer = -1
+    output = _scaled(turn, rows, output)
+    return output if plan.cut else _scatter(turn, output, hidden)
 
 
-def _frozen_forward(
-    layer: nn.Module,
-    state: LayerState,
-    context: ForwardContext,
-    plan: Plan,
-    hidden: Tensor,
-    kwargs: dict[str, Any],
-) -> Any:
+def _frozen_forward(turn: Turn, hidden: Tensor) -> Any:
     """The layer twice: all tokens up to its keys and values, then those that run, over all keys.
 
     Raises:
@@ -197,85 +181,73 @@ def _frozen_forward(
 
     Source: docs/method.md, section 4 (freeze).
     """
-    if torch.is_grad_enabled() and checkpoints(layer):
+    if torch.is_grad_enabled() and checkpoints(turn.layer):
         raise DareInputError(
             "pruned: expected labels or hop_ids beside 'freeze' in a forward with gradients and "
             "activation checkpointing, which repeats a layer alone; got neither. Give labels, call "
             "the model under torch.no_grad(), or switch checkpointing off"
         )
-    index, full = state.index, replace(keep_all(context), scores=plan.scores)
-    slot = slot_of(state, context, kwargs)
+    state, run, plan, index = turn.state, turn.run, turn.plan, turn.state.index
+    full, slot = replace(turn, plan=replace(run.keep_all, scores=plan.scores)), turn.slot
     stored = None if slot is None or not slot.width else slot.scores()
-    context.keys[index] = replace(key_view(state, context, full, kwargs), gathered=True)
-    stage(state, context, full, kwargs)
-    context.capture_layer, context.frozen = index, ()
+    run.keys[index] = replace(full.key_view(), gathered=True)
+    full.stage()
+    run.capture_layer, run.frozen = index, ()
     try:
-        state.inner(hidden, **kwargs)
+        state.inner(hidden, **turn.kwargs)
     except KeysMade as made:
-        context.frozen = made.key, made.value
+        run.frozen = made.key, made.value
     else:
         raise DareStateError(
             "expected the attention implementation DARE set when it was applied; it was changed "
             "since. Call remove_dare(model), then apply_dare(model) again"
         )
     try:
-        gathered = gathered_arguments(state, context, plan, kwargs) | {CACHE: None}
-        context.column_scores = stored
-        context.running = plan.take(context.positions(), fill=-1)
+        gathered = turn.arguments() | {CACHE: None}
+        run.column_scores = stored
+        run.running = plan.take(run.context.positions(), fill=-1)
         rows = take_tokens(hidden, plan.index, -2) if plan.index is not None else hidden
-        output = _scaled(state, plan, rows, state.inner(rows, **gathered))
+        output = _scaled(turn, rows, state.inner(rows, **gathered))
     finally:
-        context.capture_layer, context.frozen, context.running = -1, None, None
-        context.keys.pop(index, None)
-    return _scatter(layer, state, context, output, hidden, plan)
+        run.capture_layer, run.frozen, run.running = -1, None, None
+        run.keys.pop(index, None)
+    return _scatter(turn, output, hidden)
 
 
-def _plan_for(layer: nn.Module, state: LayerState, context: ForwardContext, hidden: Tensor) -> Plan:
+def _plan_for(layer: nn.Module, state: LayerState, run: CompactRun, hidden: Tensor) -> Plan:
     """The layer's plan: its own, the one it reuses, or the one a recomputation must repeat."""
-    index = state.index
-    if index in context.plans:
-        return context.plans[index]
-    controller = state.controller
+    index, plans = state.index, run.plans
+    if index in plans:
+        return plans[index]
     if state.source != index:
-        plan = context.plans[state.source]
-        width = hidden.shape[1]
-        context.plans[index] = plan = plan if width == context.length else plan.tail(context, width)
-        return plan
-    scorer: Any = controller.scorer
-    if index == 0 and scorer.reads_inputs:
-        scorer.read_inputs(context, hidden.detach())
-    source = controller.table.plan_layers[index]
-    before = controller.plan_before(index, context)
-    if controller.is_exempt(index, context) and not controller.config.multiplies:
-        plan = keep_all(context)
-    elif source != index and source in context.plans and not controller.is_exempt(source, context):
-        plan = context.plans[source]
+        plan, width = plans[state.source], hidden.shape[1]
+        plans[index] = plan if width == run.context.length else plan.tail(run.context, width)
+        return plans[index]
+    if index == 0 and run.scorer.reads_inputs:
+        run.scorer.read_inputs(run, hidden.detach())
+    source = run.table.plan_layers[index]
+    if index in run.keeps_all and not run.multiplies:
+        plans[index] = run.keep_all
+    elif source != index and source in plans and source not in run.keeps_all:
+        plans[index] = plans[source]
     else:
-        plan = _select(layer, state, context, hidden, before)
-    context.plans[index] = plan
-    return plan
+        plans[index] = _select(layer, index, run, hidden)
+    return plans[index]
 
 
-def _select(
-    layer: nn.Module,
-    state: LayerState,
-    context: ForwardContext,
-    hidden: Tensor,
-    before: Plan | None,
-) -> Plan:
-    controller, index = state.controller, state.index
-    scored = controller.stores_scores(index) or controller.config.multiplies
-    rows = controller.planner.prunes(context, index, before)
-    if controller.may_skip(index, context):
-        return _select_sampled(layer, state, context, hidden, rows)
-    if controller.is_exempt(index, context) or not rows:
-        plan = keep_all(context)
+def _select(layer: nn.Module, index: int, run: CompactRun, hidden: Tensor) -> Plan:
+    context, before = run.context, run.plan_before(index)
+    scored = index in run.stores_scores or run.multiplies
+    rows = run.planner.prunes(run, index, before)
+    if index in run.skippable:
+        return _select_sampled(layer, index, run, hidden, rows)
+    if index in run.keeps_all or not rows:
+        plan = run.keep_all
         if scored:
-            plan = replace(plan, scores=controller.scorer.scores(context, layer, index, hidden))
+            plan = replace(plan, scores=run.scorer.scores(run, layer, index, hidden))
         return plan
     with torch.no_grad():
-        scores = controller.scorer.scores(context, layer, index, hidden.detach())
-        scores = scores.to(context.device)
+        scores = run.scorer.scores(run, layer, index, hidden.detach()).to(context.device)
         if any(context.sampled) and not scored:
             # a step of its own would give a sampled token no score either
             scores = scores.masked_fill(~context.span_and_forced()[0], 0.0)
@@ -283,53 +255,51 @@ def _select(
             # nor would a layer that keeps all of a row score that row, were it alone
             alone = torch.tensor(rows).to(scores.device, non_blocking=True)
             scores = scores.masked_fill(~alone[:, None], 0.0)
-        return controller.planner.plan(context, index, scores, before, hidden.detach())
+        return run.planner.plan(run, index, scores, before, hidden.detach())
 
 
 def _select_sampled(
-    layer: nn.Module,
-    state: LayerState,
-    context: ForwardContext,
-    hidden: Tensor,
-    rows: tuple[bool, ...],
+    layer: nn.Module, index: int, run: CompactRun, hidden: Tensor, rows: tuple[bool, ...]
 ) -> Plan:
     """The plan of a layer that sampled tokens may skip."""
-    controller, index = state.controller, state.index
     with torch.no_grad():
-        scores = controller.scorer.scores(context, layer, index, hidden.detach())
-        scores = scores.to(context.device)
-        plan = keep_all(context)
+        scores = run.scorer.scores(run, layer, index, hidden.detach()).to(run.context.device)
+        plan = run.keep_all
         if rows:
-            plan = controller.planner.plan(context, index, scores, None, hidden.detach())
+            plan = run.planner.plan(run, index, scores, None, hidden.detach())
         plan = replace(plan, scores=scores)
-        thresholds = thresholds_of(layer)
-        return controller.planner.skip(context, plan, scores, thresholds)
+        return run.planner.skip(run, plan, scores, thresholds_of(layer))
 
 
-def _passed_by(
-    layer: nn.Module, state: LayerState, context: ForwardContext, hidden: Tensor, slot: DareLayer
-) -> Any:
+def _passed_by(turn: Turn, hidden: Tensor, slot: DareLayer) -> Any:
     """What a layer returns that no token runs; None where only running it tells in which form."""
+    state, context = turn.state, turn.run.context
     if state.returns not in (0, 1):
         return None
-    context.cached_before[state.index] = list(slot.kept_host) or [0] * context.batch
+    turn.run.cached_before[state.index] = list(slot.kept_host) or [0] * context.batch
     slot.advance(context.past + context.length)
-    if state.controller.config.mean_update is True:
-        hidden = stale(hidden, mean_update_of(layer), context.modality)
+    hidden = _stale(turn, hidden)
     return (hidden,) if state.returns else hidden
 
 
-def _scaled(state: LayerState, plan: Plan, rows: Tensor, output: Any) -> Any:
+def _stale(turn: Turn, hidden: Tensor) -> Tensor:
+    """[B, S, D]: what the layer leaves of tokens that do not run it."""
+    if turn.run.config.mean_update is not True:
+        return hidden
+    return stale(hidden, mean_update_of(turn.layer), turn.run.context.modality)
+
+
+def _scaled(turn: Turn, rows: Tensor, output: Any) -> Any:
     """The layer's update of each running token times its score, under score_scaling="multiply".
 
     Source: docs/method.md, section 7.
     """
-    state.returns = len(output) if isinstance(output, tuple) else 0
-    if not state.controller.config.multiplies:
+    turn.state.returns = len(output) if isinstance(output, tuple) else 0
+    if not turn.run.multiplies:
         return output
     if isinstance(output, tuple):
-        return (_multiplied(plan, rows, output[0]), *output[1:])
-    return _multiplied(plan, rows, output)
+        return (_multiplied(turn.plan, rows, output[0]), *output[1:])
+    return _multiplied(turn.plan, rows, output)
 
 
 def _multiplied(plan: Plan, rows: Tensor, output: Tensor) -> Tensor:
@@ -338,19 +308,12 @@ def _multiplied(plan: Plan, rows: Tensor, output: Tensor) -> Tensor:
     return rows + (scores * (output - rows)).to(rows.dtype)
 
 
-def _scatter(
-    layer: nn.Module,
-    state: LayerState,
-    context: ForwardContext,
-    output: Any,
-    hidden: Tensor,
-    plan: Plan,
-) -> Any:
+def _scatter(turn: Turn, output: Any, hidden: Tensor) -> Any:
     """Write the running tokens' output back; all others keep their input, or are stale."""
+    plan = turn.plan
     if plan.plain:
         return output
-    if state.controller.config.mean_update is True:
-        hidden = stale(hidden, mean_update_of(layer), context.modality)
+    hidden = _stale(turn, hidden)
     if isinstance(output, tuple):
         return (_written(output[0], hidden, plan), *output[1:])
     return _written(output, hidden, plan)

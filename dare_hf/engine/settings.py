@@ -23,7 +23,7 @@ from dare_hf.routing.retention import (
     whole_layers,
 )
 from dare_hf.scoring.attended import AttendedScorer
-from dare_hf.scoring.base import Scorer, make_scorer
+from dare_hf.scoring.base import make_scorer
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dare_hf.architectures.locate import Anatomy
     from dare_hf.config import DareConfig
     from dare_hf.report.flops import LayerShape
+    from dare_hf.scoring.scorer import Scorer
 
 logger = logging.get_logger("transformers.dare_hf")
 
@@ -67,8 +68,8 @@ class Settings:
         trains = self.config.scorer == "router" or self.config.learns_rates  # gradients of gates
         # a cap cuts the prompt off from sampled tokens even where no hop ever closes
         hides = self.rules.closes_hops or self.config.max_kv_tokens is not None
-        freezes = self.config.pruned == "freeze"
-        return observed or trains or self.scorer.needs_attention or hides or freezes
+        hides = hides or self.config.freezes
+        return observed or trains or self.scorer.needs_attention or hides
 
     @property
     def spreads(self) -> bool:
@@ -164,7 +165,7 @@ def _check_freeze(config: DareConfig, anatomy: Anatomy, scorer: Scorer) -> None:
     Raises:
         DareConfigError: It is so.
     """
-    if config.pruned != "freeze":
+    if not config.freezes:
         return
     implementation = anatomy.text_config._attn_implementation
     if not implementation.endswith(("sdpa", "eager")):

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dare_hf.cache.unscored import Unscored
 from dare_hf.compat import CACHE
 from dare_hf.forward.facts import ForwardContext
+from dare_hf.forward.run import Run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dare_hf.cache import DareCache, DareLayer
+    from dare_hf.engine.compact_run import CompactRun
     from dare_hf.engine.controller import Controller
     from dare_hf.engine.routed_layer import LayerState
     from dare_hf.forward.generation_call import GenerationCall
@@ -41,10 +44,10 @@ def is_step(
     cache, mask = context.cache, kwargs.get("attention_mask")
     if cache is None or context.span is not None or context.length != 1:
         return False
-    if context.valid is not None or context.inner_hops is not None or torch.is_grad_enabled():
+    if context.valid is not None or torch.is_grad_enabled():
         return False
     if (
-        controller.skips
+        controller.in_use.skips
         or controller.config.multiplies
         or controller.anatomy.shares
         or controller.exempt
@@ -57,26 +60,23 @@ def is_step(
     return all(layer.is_initialized for layer in cache.stored)
 
 
-def prepare(
-    state: LayerState, context: ForwardContext, hidden: Tensor, kwargs: dict[str, Any]
-) -> bool:
+def prepare(state: LayerState, run: CompactRun, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
     """Make a layer's cache and mask ready; False where the layer needs a plan of its own."""
-    source = state.controller.table.plan_layers[state.index]
-    if source != state.index and source in context.plans:
+    index, source = state.index, run.table.plan_layers[state.index]
+    if source != index and source in run.plans:
         return False  # its plan has scores, which are this layer's too
     if kwargs.get(CACHE) is None:
         return False
-    slot = context.cache.layer(state.index)
+    slot = run.context.cache.layer(index)
     mask = kwargs.get("attention_mask")
     if mask is not None or slot.holes:
-        seen = _mask(state, context, slot, mask)
+        seen = _mask(state, run, slot, mask)
         if seen is None:
             return False
         kwargs["attention_mask"] = seen
-    controller = state.controller
-    if controller.scores_later(state.index):
-        slot.unscored.append(context.past, hidden)
-    context.capture_layer = state.index if controller.keeps_queries(state.index) else -1
+    if index in run.scores_later:
+        slot.unscored.append(run.context.past, hidden)
+    run.capture_layer = index if index in run.keeps_queries else -1
     slot.stage_next()
     return True
 
@@ -96,10 +96,10 @@ def hides_pads_only(context: ForwardContext, mask: Any, call: GenerationCall | N
     return call.hides_pads_only
 
 
-def _mask(state: LayerState, context: ForwardContext, slot: DareLayer, mask: Any) -> Tensor | None:
+def _mask(state: LayerState, run: CompactRun, slot: DareLayer, mask: Any) -> Tensor | None:
     """What the next token sees of the stored columns, where that is every real one; else None."""
     given = mask is None or (
-        context.hides_pads_only and isinstance(mask, torch.Tensor) and mask.dtype == torch.bool
+        run.hides_pads_only and isinstance(mask, torch.Tensor) and mask.dtype == torch.bool
     )
     if not given or not state.sees_all or not state.controller.base_implementation.endswith("sdpa"):
         return None
@@ -128,33 +128,31 @@ def score_later(cache: DareCache, controller: Controller, note: Callable[[int, i
         layer = controller.anatomy.layers[index]
         with torch.no_grad():
             for start, hidden in slot.unscored.runs():
-                context = _past_tokens(cache, start, hidden.shape[1])
-                scores = controller.scorer.scores(context, layer, index, hidden)
+                run = Run(_past_tokens(cache, start, hidden.shape[1]))
+                scores = controller.scorer.scores(run, layer, index, hidden)
                 for follower in (s for i, s in enumerate(stored) if plans[i] == index):
                     follower.note_scores(start, scores)
                 note(index, scores.numel())
-        slot.forget_unscored()
+        slot.unscored = Unscored()
 
 
 def _past_tokens(cache: DareCache, start: int, count: int) -> ForwardContext:
     """The facts of `count` sampled tokens that have been processed."""
     log, end = cache.log, start + count
-    real = (log.modality >= 0).long().cumsum(1) - 1
-    rows = log.modality.shape[0]
+    rows, modality = log.modality.shape[0], log.modality[:, start:end]
     nothing = [[0, 0] for _ in range(rows)]
     return ForwardContext(
         batch=rows,
         length=count,
         past=start,
         cache=cache,
-        modality=log.modality[:, start:end],
+        modality=modality,
         token_hop=log.hop[:, start:end],
-        valid=None,
+        valid=modality >= 0,
         span_hop=[0] * rows,
         counts=nothing,
         forced_counts=nothing,
         sampled=[count] * rows,
         closing=[[] for _ in range(rows)],
         head_rows=0,
-        _local_index=real[:, start:end].clamp(min=0),
     )

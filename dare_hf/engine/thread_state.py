@@ -13,33 +13,31 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from dare_hf.engine.compact_run import CompactRun
     from dare_hf.engine.configured import InUse
+    from dare_hf.engine.counted_call import CountedCall
     from dare_hf.engine.recorder import Recorder
-    from dare_hf.forward.facts import ForwardContext
-    from dare_hf.forward.generation_call import GenerationCall
     from dare_hf.scoring.observe import AttentionCall
-    from dare_hf.simulation import SimulationRecord
+    from dare_hf.simulation import Simulation, SimulationRecord
 
     Listener = Callable[[int, tuple[Tensor, Tensor, Tensor], AttentionCall], None]
 
 
 class OpenForward(NamedTuple):
-    """A forward in progress; `call` is the generate it is a step of, None for a bare one."""
+    """A forward in progress; nobody counts one of training."""
 
     module: Any
-    context: ForwardContext
-    kwargs: Mapping[str, Any]
+    run: CompactRun | Simulation
     started: float
     recorder: Recorder | None = None
-    call: GenerationCall | None = None
 
 
 class ThreadState(threading.local):
     """What one thread is doing with the model; a copy of the model starts with nothing."""
 
     def __init__(self) -> None:
-        self.contexts: list[OpenForward] = []
-        self.calls: list[GenerationCall] = []
+        self.forwards: list[OpenForward] = []
+        self.calls: list[CountedCall] = []
         self.disabled = 0
         # Blocks inside which every layer keeps everything (`engine/repetition.py`), and who hears
         # the attentions of plain forwards.
@@ -57,25 +55,25 @@ class Repeats:
     """The forwards whose layers gradient checkpointing may repeat; a copy of the model has none."""
 
     def __init__(self) -> None:
-        self._contexts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._runs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Repeats, ()
 
     def __len__(self) -> int:
-        return len(self._contexts)
+        return len(self._runs)
 
-    def remember(self, kwargs: Mapping[str, Any], context: ForwardContext) -> None:
+    def remember(self, kwargs: Mapping[str, Any], run: CompactRun | Simulation) -> None:
         """Note which forward these arguments of a layer belong to."""
         if torch.is_grad_enabled() and (marker := _marker(kwargs)) is not None:
-            self._contexts[marker] = context
+            self._runs[marker] = run
 
-    def find(self, kwargs: Mapping[str, Any]) -> ForwardContext | None:
+    def find(self, kwargs: Mapping[str, Any]) -> CompactRun | Simulation | None:
         """The forward these arguments of a layer belonged to."""
-        if not torch.is_grad_enabled() or not len(self._contexts):
+        if not torch.is_grad_enabled() or not len(self._runs):
             return None
         marker = _marker(kwargs)
-        return self._contexts.get(marker) if marker is not None else None
+        return self._runs.get(marker) if marker is not None else None
 
 
 def _marker(kwargs: Mapping[str, Any]) -> Tensor | None:

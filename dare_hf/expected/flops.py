@@ -9,7 +9,8 @@ from dare_hf.errors import DareInputError
 from dare_hf.hops.eviction import never_thins
 from dare_hf.report.flops import forward_flops, frozen_flops, head_flops, unpruned_flops
 from dare_hf.routing.counts import span_budgets
-from dare_hf.scoring.cost import ScoringCost
+from dare_hf.scoring.base import make_scorer
+from dare_hf.scoring.scorer import Scoring
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,7 +53,7 @@ def expected_flops(subject: Subject, prompt: HopTokens) -> ExpectedFlops:
     forced = prompt.forced(rules.config.prefix_tokens)
     kept = [rows[0] for rows in rules.ran([0], [prompt.span], [forced], tokens)]
     ran = [sum(kept[source]) for source in subject.sources]
-    keys = [tokens] * len(ran) if rules.freezes else ran
+    keys = [tokens] * len(ran) if rules.config.freezes else ran
     scored = _scored(subject, tokens, prompt.span)
     head = _head(subject.anatomy)
     plain = subject.plain()
@@ -62,7 +63,7 @@ def expected_flops(subject: Subject, prompt: HopTokens) -> ExpectedFlops:
         + _scores(subject, scored, tokens, ran, keys, prompt.span)
         + head,
         decode=_forward(subject, [1] * len(ran), [n + 1 for n in keys])
-        + _scores(subject, _stored_sampled(subject), 1, [0] * len(ran), [n + 1 for n in keys])
+        + _scores(subject, _stored(subject), 1, [0] * len(ran), [n + 1 for n in keys])
         + head,
         plain_prefill=unpruned_flops(plain, [tokens], [tokens]) + head,
         plain_decode=unpruned_flops(plain, [1], [tokens + 1]) + head,
@@ -75,7 +76,7 @@ def _forward(subject: Subject, queries: Sequence[int], keys: Sequence[int]) -> i
 
 def _frozen(subject: Subject, anatomy: Anatomy, ran: Sequence[int], tokens: int) -> int:
     """What making keys of tokens that do not run takes, of all tokens of those layers."""
-    if not subject.rules.freezes:
+    if not subject.rules.config.freezes:
         return 0
     hidden = anatomy.text_config.hidden_size
     pairs = zip(subject.shapes, ran, strict=True)
@@ -97,11 +98,13 @@ def _scores(
 ) -> int:
     assert subject.anatomy is not None
     hidden = subject.anatomy.text_config.hidden_size
-    cost = ScoringCost(subject.rules.config.scorer, subject.shapes, hidden)
-    before = [max(layer - 1, 0) for layer in layers]
-    pairs = zip(layers, before, strict=True)
-    rows = [span] if span else []
-    return sum(cost.of(layer, tokens, [queries[b]], [keys[b]], rows) for layer, b in pairs)
+    scorer, rows = make_scorer(subject.rules.config, (None, "")), [span] if span else []
+    pairs = [(layer, max(layer - 1, 0)) for layer in layers]
+    work = [
+        Scoring(subject.shapes, hidden, layer, tokens, [queries[b]], [keys[b]], rows)
+        for layer, b in pairs
+    ]
+    return sum(map(scorer.flops, work))
 
 
 def _selecting(subject: Subject) -> list[int]:
@@ -124,17 +127,12 @@ def _stored(subject: Subject) -> list[int]:
     return [i for i in selecting if i in needed]
 
 
-def _stored_sampled(subject: Subject) -> list[int]:
-    """Layers that score a sampled token; an attention score is for those of a span."""
-    return [] if subject.rules.config.scorer == "attention" else _stored(subject)
-
-
 def _scored(subject: Subject, tokens: int, span: Sequence[int]) -> list[int]:
     """Layers that score the prompt: those that must, and those that choose among its tokens."""
     rules, chosen, begun = subject.rules, [], False
     for layer in _selecting(subject):
         budgets = span_budgets(rules.table, layer, [0], [span])[0]
-        begun = budgets != list(span) or (begun and rules.config.pruned == "drop")
+        begun = budgets != list(span) or (begun and rules.config.drops)
         if begun and tokens < rules.exempt.get(layer, tokens + 1):
             chosen.append(layer)
     return sorted({*_stored(subject), *chosen})

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from dare_hf.engine.recorder import Recorder
 
 
 @dataclass
@@ -28,9 +25,6 @@ class GenerationCall:
         prompt: Long[B, P] ids generate was given, or None.
         continues: Whether the caller can go on with the cache afterwards.
         cached: Whether its sequence has a cache; without one its ids tell it from others.
-        recorder: Who counts this call; made by its first forward.
-        other: Who counted the newest forward of another sequence inside it.
-        started: When it began, by time.perf_counter.
         injecting: Whether the running forward brings injected columns: a span, whatever follows.
         running: Whether generate has not returned yet.
         hides_pads_only: Whether its attention mask hides nothing but pads; None before it is asked.
@@ -42,9 +36,6 @@ class GenerationCall:
     prompt: Tensor | None = None
     continues: bool = False
     cached: bool = False
-    recorder: Recorder | None = None
-    other: Recorder | None = None
-    started: float = field(default_factory=time.perf_counter)
     injecting: bool = False
     running: bool = True
     hides_pads_only: bool | None = None

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dare_hf.cache.hop_counters import HopCounters, counters_of
+from dare_hf.cache.hop_counters import HopCounters
 from dare_hf.errors import DareInputError
 from dare_hf.forward.delimiters import delimiter_ends, written_ids
 from dare_hf.forward.facts import ForwardContext
+from dare_hf.forward.hop_closing import OpenHop
 from dare_hf.forward.modality import check_mask, resolve_span
 from dare_hf.forward.token_rules import forced_of
 from dare_hf.routing.kinds import PAD, TEXT, VISION
@@ -56,10 +57,7 @@ def open_context(
         raise DareInputError("expected input_ids or inputs_embeds; got neither")
     past = cache.get_seq_length() if cache is not None else 0
     _check_mask(arguments.get("attention_mask"), past, source.shape[1])
-    state = HopCounters()
-    if cache is not None:
-        cache.hop_counters = cache.hop_counters or state
-        state = counters_of(cache)
+    state = HopCounters() if cache is None else cache.hop_counters
     state.ensure(source.shape[0])
     reader = _Reader(arguments, source, past, cache, rules, call, state)
     return reader.decode() if reader.all_sampled else reader.span()
@@ -334,15 +332,12 @@ class _Reader:
             able = torch.ones_like(self.ids, dtype=torch.bool) if sampled is None else sampled
             flags = torch.stack([self._delimited(written, able), able]).tolist()
         for row in range(self.batch):
-            since = self.state.since(row, self.past)
+            hop = OpenHop(rules.window, self.state.since(row, self.past))
             for column in range(self.length):
                 if flags is not None and not flags[1][row][column]:
                     continue
-                since += 1
-                full = rules.window is not None and since >= rules.window
-                if full or (flags is not None and flags[0][row][column]):
+                if hop.closes(flags is not None and flags[0][row][column]):
                     closing[row].append(self.past + column)
-                    since = 0
         return closing
 
     def _delimited(self, written: Tensor | None, able: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ from transformers.generation import (
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
-from dare_hf.cache.hop_counters import counters_of
 from dare_hf.compat import CACHE, span_inputs
 from dare_hf.errors import DareInputError
 from dare_hf.generation.hop_block import Block, Carried
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dare_hf.cache import DareCache
-    from dare_hf.forward.generation_call import GenerationCall
+    from dare_hf.engine.counted_call import CountedCall
     from dare_hf.generation.hop_types import Piece
 
 # Limits that count columns from the start of the row: they grow by every injected column.
@@ -107,7 +106,7 @@ class Decoding:
         streamer: Hears the tokens, or None.
     """
 
-    def __init__(self, model: Any, call: GenerationCall, host: Any, streamer: Any) -> None:
+    def __init__(self, model: Any, call: CountedCall, host: Any, streamer: Any) -> None:
         self.model, self.call, self.host, self.streamer = model, call, host, streamer
 
     def __call__(
@@ -152,9 +151,9 @@ class Decoding:
             self._choose(logits)
             if bool(self.unfinished.max() == 0):
                 return
-            before = counters_of(self.cache).open_hops()
+            before = self.cache.hop_counters.open_hops()
             outputs = self._step()
-            after = counters_of(self.cache).open_hops()
+            after = self.cache.hop_counters.open_hops()
             alive = self.unfinished.tolist() if before != after else []
             closed = [row for row, on in enumerate(alive) if on and after[row] > before[row]]
 

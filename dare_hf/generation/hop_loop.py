@@ -12,7 +12,6 @@ from transformers.generation import StoppingCriteriaList, StopStringCriteria
 from transformers.utils import logging
 
 from dare_hf.architectures.locate import attention_of
-from dare_hf.cache.hop_counters import counters_of
 from dare_hf.cache.mixed import recurs
 from dare_hf.compat import CACHE
 from dare_hf.engine.generate import offered_loop
@@ -25,7 +24,7 @@ from dare_hf.generation.interleaved import decode_images, find_images, image_tok
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from dare_hf.forward.generation_call import GenerationCall
+    from dare_hf.engine.counted_call import CountedCall
     from dare_hf.generation.hop_types import Piece
     from dare_hf.generation.vq_decoder import ImageDecoder
 
@@ -95,7 +94,7 @@ class HopLoop:
         return output
 
     def prepare(
-        self, model: Any, call: GenerationCall, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, model: Any, call: CountedCall, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """The keyword arguments with which HF's generate runs this loop.
 
@@ -213,7 +212,7 @@ class _Host:
         """What the rows whose hop has just closed get injected."""
         pieces = {}
         for row in rows:
-            index = counters_of(run.cache).open_hops()[row] - 1
+            index = run.cache.hop_counters.open_hops()[row] - 1
             if self.loop.max_hops is not None and index > self.loop.max_hops:
                 continue
             answer = self.on_hop(self._state(run, row, index))
@@ -225,7 +224,7 @@ class _Host:
 
     def _state(self, run: Decoding, row: int, index: int) -> HopState:
         cache = run.cache
-        ends = counters_of(cache).ends[row]
+        ends = cache.hop_counters.ends[row]
         # Columns of the ids may begin later than those of the cache (carried, or embeddings).
         offset = cache.get_seq_length() - run.ids.shape[1]
         first, last = max(ends[index - 1] + 1 - offset, 0), ends[index] + 1 - offset

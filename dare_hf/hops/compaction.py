@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from dare_hf.cache import Thinning
-from dare_hf.cache.hop_counters import counters_of
+from dare_hf.cache import Thinning, to_host
 from dare_hf.hops.eviction import HopPruner, StoredTokens
 from dare_hf.hops.ledger import LedgerRules
 from dare_hf.hops.ledger_rows import begun_ledgers
+from dare_hf.routing.counts import counted
 from dare_hf.routing.kinds import TEXT, VISION
 from dare_hf.scoring.observe import observed_scores
 
@@ -52,7 +52,7 @@ class Compaction:
 
 def due_rows(cache: DareCache) -> list[int]:
     """Per row the first hop that has begun and was not served, 0 where there is none."""
-    state = counters_of(cache)
+    state = cache.hop_counters
     pairs = zip(state.open_hops(), state.compacted, strict=True)
     return [served + 1 if hop > served else 0 for hop, served in pairs]
 
@@ -85,7 +85,7 @@ def compact(
     cache.settle()
     rules = LedgerRules(config, table, exempt or {})
     while any(due := due_rows(cache)):
-        state = counters_of(cache)
+        state = cache.hop_counters
         served = [max(a, b) for a, b in zip(state.compacted, due, strict=True)]
         found, decided = _begin_hops(cache, rules, due, expanders)
         # Nothing fails between these two: a hop is served when what it leaves is decided.
@@ -110,7 +110,7 @@ def _begin_hops(
     pruner = HopPruner(cache.log, config, rules.table, due)
     if max(due) == 1 and config.max_kv_tokens is None:
         return Compaction(due, [], pruner.totals(), begun_ledgers(cache, pruner, rules, {})), []
-    state = counters_of(cache)
+    state = cache.hop_counters
     pairs = zip(state.ends, due, strict=True)
     ends = [row[hop - 1] if hop else -1 for row, hop in pairs]
     slots = [(i, slot) for i, slot in enumerate(cache.stored) if slot.rows]
@@ -129,7 +129,7 @@ def _begin_hops(
         kept = [row[2] for row in left[i]]
         decided.append(Thinning(slot, slot._table, keeps[i], kept, scores.get(i)))
     places = list(pruner.available)
-    available = dict(zip(places, _to_host(list(pruner.available.values())), strict=True))
+    available = dict(zip(places, to_host(list(pruner.available.values())), strict=True))
     ledgers = begun_ledgers(cache, pruner, rules, available)
     return Compaction(due, held, pruner.totals(), ledgers), decided
 
@@ -172,13 +172,6 @@ def _left(
     return found
 
 
-def _to_host(counts: list[Tensor]) -> list[Any]:
-    """One device-to-host copy where all layers are on one device."""
-    if len({tensor.device for tensor in counts}) == 1:
-        return torch.stack(counts).tolist()
-    return [tensor.tolist() for tensor in counts]
-
-
 def stored_counts(cache: DareCache, hops: list[int]) -> tuple[HeldCounts, list[list[int]]]:
     """What layers hold, and the sequence has, of each row's hops up to `hops`.
 
@@ -192,9 +185,8 @@ def stored_counts(cache: DareCache, hops: list[int]) -> tuple[HeldCounts, list[l
             held.append([[0, 0] for _ in hops])
             continue
         modality, hop = cache.log.lookup(slot.positions())
-        inside = hop <= last.to(hop.device)
-        parts = [inside & (modality == m) for m in (TEXT, VISION)]
-        held.append(torch.stack([part.sum(1) for part in parts], dim=1).tolist())
+        inside = (modality >= 0) & (hop <= last.to(hop.device))
+        held.append(counted(modality.long(), inside, 1)[:, 0].tolist())
     rows = zip(cache.log.counts_by_hop(), hops, strict=True)
     totals = [[sum(h[m] for h in row[: end + 1]) for m in (TEXT, VISION)] for row, end in rows]
     return held, totals

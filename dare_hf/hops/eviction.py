@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from dare_hf.routing.counts import by_hop, closed_budgets, closed_groups
+from dare_hf.routing.counts import by_hop, closed_budgets, closed_groups, counted
 from dare_hf.routing.kinds import TEXT, VISION
 from dare_hf.routing.selection import (
     capped_keep,
@@ -41,7 +41,7 @@ class StoredTokens(NamedTuple):
 
 def never_thins(config: DareConfig, table: RetentionTable, layer: int) -> bool:
     """Whether a layer keeps all its stored tokens at every hop, so that no score matters there."""
-    if config.max_kv_tokens is not None or config.pruned == "drop" or config.hop_summary:
+    if config.max_kv_tokens is not None or config.drops or config.hop_summary:
         return False
     return all(row[layer] >= 1.0 for row in (*table.vision, *table.text))
 
@@ -73,7 +73,7 @@ class HopPruner:
         self.pinned = self.prefixes if log.always is None else self.prefixes | log.always
         self.available: dict[int, Tensor] = {}  # Long[B, groups, 2, 2] candidates, forced ones
         self.alive: Tensor | None = None
-        if config.pruned == "drop":
+        if config.drops:
             self.alive = torch.ones_like(self.pinned)
 
     def totals(self) -> list[list[int]]:
@@ -109,7 +109,7 @@ class HopPruner:
     @property
     def by_scores(self) -> bool:
         """Whether scores may decide how many of a modality are left, or were stored."""
-        capped, drops = self.config.max_kv_tokens is not None, self.config.pruned == "drop"
+        capped, drops = self.config.max_kv_tokens is not None, self.config.drops
         return capped or drops or self.config.decode == "routed"
 
     def keep(self, layer: int, tokens: StoredTokens) -> Tensor:
@@ -175,13 +175,13 @@ class HopPruner:
     def _in_groups(self, tokens: Tensor, modality: Tensor, hop: Tensor) -> Tensor:
         """Long[L, B, groups, 2]: how many of the tokens each group has of each modality."""
         group = modality.long() if self.pooled else 2 * hop.long() + modality
-        return _counted(group, tokens, self.groups)
+        return counted(group, tokens, self.groups)
 
     def pinned_counts(self) -> list[list[list[int]]]:
         """[row][hop][text | vision] tokens of closed hops that no rate removes; one host copy."""
         log, hops = self.log, max(self.due)
         inside = self.pinned & (log.modality >= 0) & (log.hop < hops)
-        found = _counted(2 * log.hop.long() + log.modality, inside, hops).tolist()
+        found = counted(2 * log.hop.long() + log.modality, inside, hops).tolist()
         return [row[:begun] for row, begun in zip(found, self.due, strict=True)]
 
     @cached_property
@@ -231,11 +231,3 @@ def _stacked(rows: Sequence[Tensor], fill: float) -> Tensor:
             for row, pad in zip(rows, pads, strict=True)
         ]
     )
-
-
-def _counted(group: Tensor, tokens: Tensor, groups: int) -> Tensor:
-    """Long[..., groups, 2]: how many `tokens` [..., C] each ``2 * group + modality`` has."""
-    group = group.masked_fill(~tokens | (group >= 2 * groups), 2 * groups)
-    none = group.new_zeros(*group.shape[:-1], 2 * groups + 1)
-    found = none.scatter_add(-1, group, torch.ones_like(group))
-    return found[..., :-1].unflatten(-1, (groups, 2))

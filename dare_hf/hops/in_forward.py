@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dare_hf.cache import TokenLog
     from dare_hf.config import DareConfig
     from dare_hf.forward.facts import ForwardContext
+    from dare_hf.forward.run import Run
     from dare_hf.routing.retention import RetentionTable
     from dare_hf.scoring.observe import AttentionCall
 
@@ -61,26 +62,26 @@ class InnerHops:
 
     def allowed(
         self,
-        context: ForwardContext,
+        run: Run,
         layer: int,
         tensors: tuple[Tensor, Tensor, Tensor],
         call: AttentionCall,
-        source: int | None = None,
+        source: int,
     ) -> Tensor:
         """Bool[B, K, C]: which keys each running token may see, by its hop alone.
 
         Args:
-            context: The forward, with the layer's columns and their scores.
+            run: The forward, with the layer's columns and their scores.
             layer: The layer.
-            source: The layer whose keys it reads, where that is another one.
             tensors: query [B, H, K, d], key and value [B, Hkv, C, d] as attention received them.
             call: How it was called.
+            source: The layer whose keys it reads.
         """
-        if source is None or source == layer:
-            self._kept[layer] = self._keep(context, layer, tensors, call)
-        plan = context.plans[layer]
-        hop = plan.take(context.token_hop)
-        kept = self._kept[layer if source is None else source]
+        if source == layer:
+            self._kept[layer] = self._keep(run, layer, tensors, call)
+        plan = run.plans[layer]
+        hop = plan.take(run.context.token_hop)
+        kept = self._kept[source]
         seen = torch.ones(*hop.shape, kept[0].shape[1], dtype=torch.bool, device=hop.device)
         for (pruner, _), keep in zip(self.steps, kept, strict=True):
             due = torch.tensor(pruner.due).to(hop.device)[:, None]
@@ -90,16 +91,17 @@ class InnerHops:
 
     def _keep(
         self,
-        context: ForwardContext,
+        run: Run,
         layer: int,
         tensors: tuple[Tensor, Tensor, Tensor],
         call: AttentionCall,
     ) -> list[Tensor]:
         """Bool[B, C] of each hop that begins: the keys it keeps."""
         query, key, value = tensors
-        where = _columns(context).expand(query.shape[0], -1)
-        scores = _scores(context, layer, where)
-        ring = self._ring(context, layer, query, where, call)
+        assert run.columns is not None
+        where = run.columns.expand(query.shape[0], -1)
+        scores = _scores(run, layer, where)
+        ring = self._ring(run, layer, query, where, call)
         kept = []
         for pruner, ends in self.steps:
             if ring is not None:
@@ -112,7 +114,7 @@ class InnerHops:
 
     def _ring(
         self,
-        context: ForwardContext,
+        run: Run,
         layer: int,
         query: Tensor,
         where: Tensor,
@@ -120,9 +122,10 @@ class InnerHops:
     ) -> QueryRing | None:
         if not self.observed:
             return None
-        ring = context.cache.layer(layer).ring if context.cache is not None else None
+        cache = run.context.cache
+        ring = None if cache is None else cache.layer(layer).ring
         ring = ring or QueryRing.empty(query, call.softmax)
-        running = context.running_columns(where, query.shape[2])
+        running = run.running_columns(where, query.shape[2])
         return ring.pushed(query, running, RING + query.shape[2])
 
 
@@ -169,19 +172,14 @@ def restrict(mask: Any, allowed: Tensor, columns: Tensor) -> Tensor:
     return mask.masked_fill(~allowed[:, None], torch.finfo(mask.dtype).min)
 
 
-def _columns(context: ForwardContext) -> Tensor:
-    assert context.columns is not None
-    return context.columns
-
-
-def _scores(context: ForwardContext, layer: int, where: Tensor) -> Tensor:
+def _scores(run: Run, layer: int, where: Tensor) -> Tensor:
     """Float32[B, C]: stored scores of the cached columns, then those of this forward's tokens."""
-    plan = context.plans[layer]
+    plan = run.plans[layer]
     scores = torch.zeros(where.shape, device=where.device)
-    if context.column_scores is not None:
-        scores[:, : context.column_scores.shape[1]] = context.column_scores
-    if plan.scores is not None and context.frozen is not None:
-        scores[:, where.shape[1] - context.length :] = plan.scores
+    if run.column_scores is not None:
+        scores[:, : run.column_scores.shape[1]] = run.column_scores
+    if plan.scores is not None and run.frozen is not None:
+        scores[:, where.shape[1] - run.context.length :] = plan.scores
     elif plan.scores is not None:
         scores[:, where.shape[1] - plan.width :] = plan.take(plan.scores)
     return scores

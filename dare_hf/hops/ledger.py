@@ -58,12 +58,7 @@ class LedgerRules:
     ) -> list[list[list[int]]]:
         """What the layers store of a forward's spans; the arguments and the result as `ran`."""
         ran = self.ran(hops, counts, forced, length)
-        return [[list(row) for row in counts] for _ in ran] if self.freezes else ran
-
-    @property
-    def freezes(self) -> bool:
-        """Whether keys of tokens that do not run a layer are stored there."""
-        return self.config.pruned == "freeze"
+        return [[list(row) for row in counts] for _ in ran] if self.config.freezes else ran
 
     def ran(
         self,
@@ -90,7 +85,7 @@ class LedgerRules:
                 budgets = span_budgets(self.table, layer, hops, counts, equal=equal)
                 own = list(map(kept_counts, budgets, forced, available))
                 # a layer that keeps everything brings nothing back
-                available = own if self.config.pruned == "drop" else whole
+                available = own if self.config.drops else whole
             kept.append(own)
         return kept
 
@@ -192,7 +187,7 @@ class Ledger:
         layers = self._with_sampled(hop, tokens, sure=rules.config.decode == "full")
         summary = rules.config.hop_summary
         budgets = closed_budgets(rules.table, range(len(layers)), [hop], whole[None], summary)[:, 0]
-        drops, done = rules.config.pruned == "drop", list[Held]()
+        drops, done = rules.config.drops, list[Held]()
         before: _Shallower | None = None
         # Under "drop" a layer waits for the one before it; else they are counted together.
         size = 1 if drops else max(len(layers), 1)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
-from dare_hf.cache.hop_counters import counters_of
 from dare_hf.hops.ledger import Held, Ledger
-from dare_hf.routing.counts import by_hop
+from dare_hf.routing.counts import by_hop, counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,7 +21,7 @@ def note_span(context: ForwardContext, rules: LedgerRules) -> None:
     cache = context.cache
     if cache is None:
         return
-    state = counters_of(cache)
+    state = cache.hop_counters
     if not context.past:
         empty = Ledger((Held.nothing(),) * len(rules.table.plan_layers))
         state.ledgers = [empty] * context.batch
@@ -59,7 +56,7 @@ def begun_ledgers(
         rules: What decides.
         available: By layer and row what there was to choose from.
     """
-    ledgers, end = list(counters_of(cache).ledgers), cache.get_seq_length()
+    ledgers, end = list(cache.hop_counters.ledgers), cache.get_seq_length()
     thins = max(pruner.due) > 1 or rules.config.max_kv_tokens is not None
     pinned = pruner.pinned_counts() if thins else [[] for _ in ledgers]
     made: dict[object, Ledger] = {}
@@ -84,7 +81,7 @@ def know_rows(cache: DareCache, layers: int) -> None:
         cache: The cache.
         layers: Routed layers of the model.
     """
-    state = counters_of(cache)
+    state = cache.hop_counters
     if None not in state.ledgers or not cache.get_seq_length():
         return
     counts = cache.log.counts_by_hop()
@@ -115,7 +112,4 @@ def _by_hop(cache: DareCache, layer: int, hops: int) -> list[list[list[int]]]:
     if not slot.rows:
         return []
     modality, hop = cache.log.lookup(slot.positions())
-    code = torch.where(modality < 0, 2 * hops, 2 * hop + modality).long()
-    found = torch.zeros(len(code), 2 * hops + 1, dtype=torch.long, device=code.device)
-    found.scatter_add_(1, code, torch.ones_like(code))
-    return found[:, : 2 * hops].view(-1, hops, 2).tolist()
+    return counted(2 * hop.long() + modality, modality >= 0, hops).tolist()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dare_hf.routing.kinds import TEXT, VISION
@@ -110,3 +110,19 @@ def closed_budgets(
         vision = (summary - text).minimum(later[..., VISION])
         budgets[:, :, 1:] = torch.stack([text, vision], dim=-1)
     return budgets
+
+
+def counted(
+    group: Int[Tensor, "*rows columns"], tokens: Bool[Tensor, "*rows columns"], groups: int
+) -> Int[Tensor, "*rows groups 2"]:
+    """How many `tokens` each group has of each modality.
+
+    Args:
+        group: ``2 * group + modality`` of each column; beyond the groups nothing is counted.
+        tokens: the columns that count.
+        groups: how many groups there are.
+    """
+    group = group.masked_fill(~tokens | (group >= 2 * groups), 2 * groups)
+    none = group.new_zeros(*group.shape[:-1], 2 * groups + 1)
+    found = none.scatter_add(-1, group, torch.ones_like(group))
+    return found[..., :-1].unflatten(-1, (groups, 2))

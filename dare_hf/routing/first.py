@@ -1,11 +1,14 @@
-"""What is taken before any score decides: an even grid over images, the newest text."""
+"""What a layer keeps of a span: first an even grid and the newest text, then the best scores."""
 
-from jaxtyping import Bool, Int
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dare_hf.routing.even_grid import SHARE_UNIT, even_grid
 from dare_hf.routing.kinds import TEXT, VISION
-from dare_hf.routing.selection import newest
+from dare_hf.routing.selection import Competitors, keep_mask, newest
 
 
 def newest_text(
@@ -54,4 +57,32 @@ def taken_first(
     return found
 
 
-__all__ = ["newest_text", "taken_first"]
+def span_keep(
+    scores: Float[Tensor, "batch tokens"],
+    modality: Int[Tensor, "batch tokens"],
+    candidates: Bool[Tensor, "batch tokens"],
+    forced: Bool[Tensor, "batch tokens"],
+    budgets: Sequence[Sequence[int]],
+    shares: tuple[float, float],
+    groups: Competitors | None = None,
+) -> Bool[Tensor, "batch tokens"]:
+    """Which tokens of a span run a layer: what is taken first, then the best scores.
+
+    Args:
+        scores: the higher, the better.
+        modality: TEXT, VISION or PAD.
+        candidates: columns that may be kept.
+        forced: columns kept whatever their score.
+        budgets: per row [TEXT, VISION] tokens to keep, on the host.
+        shares: uniform_share and recent_share.
+        groups: `competitors` of the same columns, where layers share them.
+
+    Source: docs/method.md, section 4.
+    """
+    wanted = torch.tensor(budgets).to(modality.device, non_blocking=True)
+    first = taken_first(modality, candidates, forced, wanted, *shares)
+    largest = (max(row[TEXT] for row in budgets), max(row[VISION] for row in budgets))
+    return keep_mask(scores, modality, candidates, forced, wanted, largest, first, groups)
+
+
+__all__ = ["newest_text", "span_keep", "taken_first"]

@@ -1,21 +1,23 @@
-"""What a scorer is, and the scorers by name: the built-in ones and the user's own."""
+"""The scorers by name: the built-in ones and the user's own."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from dare_hf.config.scorer_names import BUILT_IN, REGISTERED, unknown_scorer
 from dare_hf.errors import DareConfigError, DareInputError
-from dare_hf.scoring.attended import AttendedScorer
+from dare_hf.report.flops import router_flops
+from dare_hf.scoring.attended import AttendedScorer, TextRatersScorer
 from dare_hf.scoring.attention import AttentionScorer
 from dare_hf.scoring.baselines import PositionScorer, RandomScorer, RecentScorer
 from dare_hf.scoring.diverse import DiverseScorer
 from dare_hf.scoring.key_norm import KeyNormScorer
 from dare_hf.scoring.own_attention import OwnAttentionScorer
 from dare_hf.scoring.router import RouterScorer
+from dare_hf.scoring.scorer import Scorer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,38 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dare_hf.config import DareConfig
-    from dare_hf.forward.facts import ForwardContext
+    from dare_hf.forward.run import Run
+    from dare_hf.scoring.scorer import Scoring
 
     ScoreFunction = Callable[..., Tensor]
-
-
-class Scorer(Protocol):
-    """Scores the new tokens of a forward before a layer runs.
-
-    One that `needs_attention` reads the previous layer's. Text that structures the prompt, and the
-    newest, are kept from all that yield (`yields_text`); a user's own decides alone.
-    """
-
-    @property
-    def untrained(self) -> bool:
-        """Whether nothing was learned."""
-
-    @property
-    def yields_text(self) -> bool:
-        """Whether special tokens, image delimiters and recent text are kept whatever it says."""
-
-    @property
-    def needs_attention(self) -> bool:
-        """Whether it reads the layer before; it then has `observe` (`AttentionScorer.observe`)."""
-
-    @property
-    def reads_inputs(self) -> bool:
-        """Whether it reads the embeddings; it then has `read_inputs` (`AttendedScorer`)."""
-
-    def scores(
-        self, context: ForwardContext, layer: nn.Module, index: int, hidden: Tensor
-    ) -> Tensor:
-        """Float32[B, S] for hidden states [B, S, D] that enter layer `index`."""
 
 
 def register_scorer(name: str, fn: ScoreFunction) -> None:
@@ -88,26 +62,19 @@ def make_scorer(config: DareConfig, key_path: tuple[str | None, str]) -> Scorer:
     Raises:
         DareConfigError: The name is unknown.
     """
-    name = config.scorer
-    if name == "attention":
-        return AttentionScorer(key_path)
-    if name == "random":
-        return RandomScorer(config.seed)
-    if name == "key_norm":
-        return KeyNormScorer(key_path)
-    if name == "position":
-        return PositionScorer()
-    if name == "recent":
-        return RecentScorer()
-    if name == "router":
-        return RouterScorer()
-    if name in ("last_query", "text_raters"):
-        return AttendedScorer(reads_inputs=name == "text_raters")
-    if name == "own_attention":
-        return OwnAttentionScorer(key_path)
-    if name == "diverse":
-        return DiverseScorer()
-    return _registered(name)
+    made: dict[str, Callable[[], Scorer]] = {
+        "attention": lambda: AttentionScorer(key_path),
+        "random": lambda: RandomScorer(config.seed),
+        "key_norm": lambda: KeyNormScorer(key_path),
+        "position": PositionScorer,
+        "recent": RecentScorer,
+        "router": RouterScorer,
+        "last_query": AttendedScorer,
+        "text_raters": TextRatersScorer,
+        "own_attention": lambda: OwnAttentionScorer(key_path),
+        "diverse": DiverseScorer,
+    }
+    return made[config.scorer]() if config.scorer in made else _registered(config.scorer)
 
 
 def _registered(name: str) -> FunctionScorer:
@@ -117,27 +84,24 @@ def _registered(name: str) -> FunctionScorer:
 
 
 @dataclass(frozen=True)
-class FunctionScorer:
+class FunctionScorer(Scorer):
     """A scorer the user registered; its function reads what `register_scorer` says."""
 
     name: str
     fn: ScoreFunction
-    untrained: bool = False
-    yields_text: bool = False
-    needs_attention: bool = False
-    reads_inputs: bool = False
+    untrained: ClassVar[bool] = False
+    yields_text: ClassVar[bool] = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _registered, (self.name,)  # another process has registered it too
 
-    def scores(
-        self, context: ForwardContext, layer: nn.Module, index: int, hidden: Tensor
-    ) -> Tensor:
+    def scores(self, run: Run, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """Float32[B, S], checked for shape.
 
         Raises:
             DareInputError: The function returned something else.
         """
+        context = run.context
         scores = self.fn(
             hidden,
             context.modality,
@@ -152,3 +116,7 @@ class FunctionScorer:
                 f"[batch, tokens]; got {got}"
             )
         return scores.float()
+
+    def flops(self, work: Scoring) -> int:
+        """Nobody knows: it is counted as a router is."""
+        return router_flops(work.hidden, work.tokens)

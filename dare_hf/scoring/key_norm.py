@@ -6,28 +6,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dare_hf.architectures.locate import attention_of
+from dare_hf.report.flops import key_norm_scorer_flops
 from dare_hf.routing.scores import key_norm_scores, local_mean
+from dare_hf.scoring.scorer import Scorer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dare_hf.forward.facts import ForwardContext
+    from dare_hf.forward.run import Run
     from dare_hf.routing.scores import HeadMean
+    from dare_hf.scoring.scorer import Scoring
 
 
 @dataclass(frozen=True)
-class KeyNormScorer:
+class KeyNormScorer(Scorer):
     """Small keys first (as kvpress' Knorm does): a baseline."""
 
     key_path: tuple[str | None, str]
-    untrained: bool = True
-    yields_text: bool = True
-    needs_attention: bool = False
-    reads_inputs: bool = False
 
-    def scores(
-        self, context: ForwardContext, layer: nn.Module, index: int, hidden: Tensor
-    ) -> Tensor:
+    def scores(self, run: Run, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """Float32[B, S] from the layer's own key projection, before RoPE."""
         norm, projection = self.key_path
         normed = layer.get_submodule(norm)(hidden) if norm else hidden
@@ -45,6 +42,10 @@ class KeyNormScorer:
             keys = keys[..., -both : -both // 2]
         heads = keys.shape[-1] // width
         return key_norm_scores(keys.unflatten(-1, (heads, -1)).transpose(1, 2), mean)
+
+    def flops(self, work: Scoring) -> int:
+        """The key projection of all tokens."""
+        return key_norm_scorer_flops(work.shapes[work.layer], work.hidden, work.tokens)
 
 
 def _head_mean(attention: Any) -> HeadMean:

@@ -3,6 +3,14 @@
 from dare_hf.simulation.damping import damped
 from dare_hf.simulation.layer import simulated_forward
 from dare_hf.simulation.opening import open_simulation
+from dare_hf.simulation.setup import Setup
 from dare_hf.simulation.simulation import Simulation, SimulationRecord
 
-__all__ = ["Simulation", "SimulationRecord", "damped", "open_simulation", "simulated_forward"]
+__all__ = [
+    "Setup",
+    "Simulation",
+    "SimulationRecord",
+    "damped",
+    "open_simulation",
+    "simulated_forward",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -14,25 +14,33 @@ from dare_hf.routing.stale import stale
 from dare_hf.simulation.damping import mark_closed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor, nn
 
-    from dare_hf.engine.routed_layer import LayerState
-    from dare_hf.forward.facts import ForwardContext
     from dare_hf.simulation.simulation import Route, Simulation
 
 # Log gates are 0 or the floor's; what is under this is closed.
 _CLOSED = -1.0
 
 
+class Place(Protocol):
+    """What is known of a decoder layer: its index, what a None mask means, its own forward."""
+
+    index: int
+    causal: bool
+    inner: Callable[..., Any]
+
+
 def simulated_forward(
-    layer: nn.Module, state: LayerState, context: ForwardContext, hidden: Tensor, kwargs: Any
+    layer: nn.Module, place: Place, simulation: Simulation, hidden: Tensor, kwargs: Any
 ) -> Any:
     """The layer at full length: keys seen by hop through the mask, updates by the route's gate.
 
     Args:
         layer: The decoder layer.
-        state: What DARE keeps on it.
-        context: The training forward.
+        place: What DARE knows of it.
+        simulation: The training forward.
         hidden: [B, S, D] hidden states that enter the layer, or streams of them.
         kwargs: The layer's keyword arguments.
 
@@ -45,8 +53,7 @@ def simulated_forward(
 
     Source: docs/method.md, section 7.
     """
-    simulation = context.simulation
-    assert simulation is not None
+    context, setup, index = simulation.context, simulation.setup, place.index
     check_checkpoints(layer)
     if simulation.closed:
         raise DareStateError(
@@ -55,20 +62,19 @@ def simulated_forward(
             "checkpoint wrapper and enable it on the model"
         )
     _check_dtype(hidden)
-    scored = state.controller.anatomy.scored(hidden)
-    route = simulation.route(layer, state.index, scored)
-    table = simulation.key_gates(state.index, route)
-    learns = simulation.learns(state.index)
+    route = simulation.route(layer, index, setup.anatomy.scored(hidden))
+    table = simulation.key_gates(index, route)
+    learns = simulation.learns(index)
     if table is not None:
         _check_checkpointing(layer)
-        mask = _full_mask(simulation, state, kwargs.get("attention_mask"), hidden)
+        mask = _full_mask(simulation, place.causal, kwargs.get("attention_mask"), hidden)
         seen = _by_query(table, context.token_hop)[:, None].to(hidden.device)
         mask = mask + seen.to(hidden.dtype)
         if learns:
             mark_closed(mask, seen < _CLOSED)
         kwargs = kwargs | {"attention_mask": mask}
-    output = state.inner(hidden, **kwargs)
-    vectors = mean_update_of(layer) if state.controller.config.mean_update is True else None
+    output = place.inner(hidden, **kwargs)
+    vectors = mean_update_of(layer) if setup.config.mean_update is True else None
     passed = stale(hidden, vectors, context.modality)
     new = output[0] if isinstance(output, tuple) else output
     if vectors is not None:
@@ -121,11 +127,11 @@ def _by_query(table: Tensor, hop: Tensor) -> Tensor:
     return seen.masked_fill(itself, 0.0)
 
 
-def _full_mask(simulation: Simulation, state: LayerState, mask: Any, hidden: Tensor) -> Tensor:
+def _full_mask(simulation: Simulation, causal: bool, mask: Any, hidden: Tensor) -> Tensor:
     """HF's mask in additive form [B|1, H|1, S, S]; one for all layers that get the same."""
-    key = (id(mask), state.causal, hidden.device)
+    key = (id(mask), causal, hidden.device)
     if key not in simulation.masks:
-        simulation.masks[key] = (mask, _additive(mask, state.causal, hidden))
+        simulation.masks[key] = (mask, _additive(mask, causal, hidden))
     return simulation.masks[key][1]
 
 

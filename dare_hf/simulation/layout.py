@@ -9,6 +9,7 @@ import torch
 
 from dare_hf.errors import DareInputError
 from dare_hf.forward.delimiters import delimiter_ends, written_ids
+from dare_hf.forward.hop_closing import OpenHop
 from dare_hf.routing.kinds import PAD, TEXT
 
 if TYPE_CHECKING:
@@ -86,20 +87,18 @@ def _derive_row(
 ) -> tuple[list[int], bool]:
     """Hops of one row, and whether it has an injected span.
 
-    The prompt is hop 0. A sampled token that ends a delimiter, or is the window's last, closes its
-    hop; so does whatever stands before an injected span.
+    The prompt is hop 0. Sampled tokens close their hops as in generate (`OpenHop`); so does
+    whatever stands before an injected span.
     """
     hops: list[int] = []
-    hop, since, closed, injects, inside = 0, 0, True, False, False
+    hop, closed, injects, inside, own = 0, True, False, False, OpenHop(window)
     for is_sampled, is_real, ends_hop in zip(sampled, real, ends, strict=True):
         if is_real and is_sampled:
-            if closed:
-                hop, since, closed = hop + 1, 0, False
-            since, inside = since + 1, False
-            closed = ends_hop or since == window
+            hop, inside = hop + closed, False
+            closed = own.closes(ends_hop)
         elif is_real and hop > 0:
             if not inside:
-                hop, since, closed = hop + 1, 0, False
+                hop, closed, own = hop + 1, False, OpenHop(window)
             injects = inside = True
         hops.append(hop)
     return hops, injects

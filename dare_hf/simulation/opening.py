@@ -1,4 +1,4 @@
-"""Opening a training forward: when the simulation is used, and what it refuses."""
+"""Opening a training forward: when one is simulated, and what is refused."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from dare_hf.engine.controller import Controller
     from dare_hf.forward.token_rules import TokenRules
+    from dare_hf.simulation.setup import Setup
 
 
-def open_simulation(arguments: Mapping[str, Any], controller: Controller) -> ForwardContext | None:
-    """The context of a training forward; None where the compact path serves.
+def open_simulation(arguments: Mapping[str, Any], setup: Setup) -> Simulation | None:
+    """A training forward; None where the compact path serves.
 
     A forward with labels or hop ids is a simulation where routers are active. Without routers the
     compact path computes the same values faster, but for hop ids and injected spans.
 
     Args:
         arguments: The model forward's keyword arguments by name.
-        controller: The model's controller.
+        setup: What it would be simulated by.
 
     Raises:
         DareInputError: The arguments cannot be simulated.
@@ -49,7 +49,7 @@ def open_simulation(arguments: Mapping[str, Any], controller: Controller) -> For
         raise DareInputError("expected input_ids or inputs_embeds; got neither")
     cache = arguments.get(CACHE)
     if cache is not None and cache.get_seq_length():
-        if controller.routers is None and hop_ids is None:
+        if setup.routers is None and hop_ids is None:
             return None
         raise DareInputError(
             f"{CACHE}: expected none beside labels or hop_ids, which describe whole "
@@ -58,38 +58,25 @@ def open_simulation(arguments: Mapping[str, Any], controller: Controller) -> For
     batch, length = source.shape[:2]
     valid = padding_of(arguments, batch, length, 0, source.device)
     real = torch.ones(batch, length, dtype=torch.bool) if valid is None else valid
-    layout = read_layout(ids, labels, hop_ids, real, controller.rules)
-    compact = controller.routers is None and hop_ids is None and not layout.injects
-    _check_length(controller, length, layout, compact=compact)
+    layout = read_layout(ids, labels, hop_ids, real, setup.rules)
+    compact = setup.routers is None and hop_ids is None and not layout.injects
+    _check_length(setup, length, layout, compact=compact)
     if compact:
         return None
-    _check(controller, batch)
-    context = _context(arguments, source, valid, layout, controller.rules)
+    _check(setup, batch)
+    context = _context(arguments, source, valid, layout, setup.rules)
     log = TokenLog()
     log.append(context.modality, context.token_hop, context.always)
-    context.simulation = Simulation(
-        context,
-        log,
-        controller.config,
-        controller.table,
-        controller.scorer,
-        controller.routers,
-        controller.tau,
-        _noise(controller),
-        controller.anatomy.text_model.training,
-        controller.anatomy.sources,
-        controller.threshold_step,
-    )
-    return context
+    return Simulation(context, log, setup, _noise(setup))
 
 
-def _check_length(controller: Controller, length: int, layout: Layout, *, compact: bool) -> None:
+def _check_length(setup: Setup, length: int, layout: Layout, *, compact: bool) -> None:
     """Refuse a length from which on layers keep everything, which only step-by-step runs know.
 
     One forward over a whole sequence cannot tell what its prompt alone would have been: only where
     that is as long does the compact path do the same.
     """
-    least = min((n for n in controller.exempt.values() if n), default=length + 1)
+    least = min((n for n in setup.exempt.values() if n), default=length + 1)
     prompts = (~layout.sampled).int().cumprod(1).sum(1)
     if length < least or (compact and int(prompts.min()) >= least):
         return
@@ -101,9 +88,9 @@ def _check_length(controller: Controller, length: int, layout: Layout, *, compac
     )
 
 
-def _check(controller: Controller, batch: int) -> None:
-    config, implementation = controller.config, controller.base_implementation
-    if controller.scorer.needs_attention:
+def _check(setup: Setup, batch: int) -> None:
+    config, implementation = setup.config, setup.implementation
+    if setup.scorer.stepwise:
         raise DareInputError(
             f"scorer: expected another one than {config.scorer!r} for hop_ids, and for labels with "
             "-100 after the first supervised token (injected spans): its scores come from "
@@ -171,9 +158,9 @@ def _context(
     )
 
 
-def _noise(controller: Controller) -> torch.Generator | None:
+def _noise(setup: Setup) -> torch.Generator | None:
     """A generator for the Gumbel selector in training, seeded by torch's own CPU generator."""
-    training = controller.anatomy.text_model.training
-    if controller.routers is None or controller.config.selector != "gumbel" or not training:
+    gumbel = setup.config.selector == "gumbel" and setup.training
+    if setup.routers is None or not gumbel:
         return None
     return torch.Generator().manual_seed(int(torch.randint(2**62, (1,))))

@@ -8,27 +8,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dare_hf.cache import TokenLog
+from dare_hf.forward.run import Run
 from dare_hf.hops.eviction import HopPruner, StoredTokens, never_thins
 from dare_hf.routing import gates
-from dare_hf.routing.first import taken_first
+from dare_hf.routing.first import span_keep
 from dare_hf.routing.kinds import PAD, TEXT, VISION
 from dare_hf.routing.losses import group_means
 from dare_hf.routing.retention import budget
-from dare_hf.routing.selection import keep_mask
 from dare_hf.routing.stale import MOMENTUM, mean_updates
 from dare_hf.simulation.competition import Competition, soft_gates
 from dare_hf.simulation.skipping import skips_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor, nn
 
     from dare_hf.config import DareConfig
     from dare_hf.forward.facts import ForwardContext
-    from dare_hf.routers.router import Router
     from dare_hf.routing.retention import RetentionTable
-    from dare_hf.scoring.base import Scorer
+    from dare_hf.simulation.setup import Setup
 
 Counts = list[list[list[int]]]  # [row][hop][text | vision]
 MODALITIES = (TEXT, VISION)
@@ -75,22 +72,14 @@ class SimulationRecord:
     excess: list[Tensor] = field(default_factory=list)
 
 
-class Simulation:
-    """Gates of one forward, layer by layer in order.
+class Simulation(Run):
+    """A training forward: its gates, layer by layer in order.
 
     Args:
         context: The forward; its span holds the prompt and all injected spans.
         log: Modality and hop of its tokens.
-        config: Budgets, selector, temperatures.
-        table: Rates by hop, layer and modality.
-        scorer: Scores tokens where there are no routers.
-        routers: The active adapter's router of each layer, or None.
-        tau: The Gumbel selector's temperature.
+        setup: What it is simulated by.
         noise: Draws the Gumbel selector's noise; None outside training.
-        training: Whether the model is in training mode.
-        sources: For each layer the one whose keys it reads; () where each reads its own.
-        threshold_step: How far the thresholds of routed decode follow this forward's scores while
-            they are fitted; None: as far as means do in a training of the routers, else not.
 
     Attributes:
         record: What the auxiliary losses read.
@@ -103,28 +92,19 @@ class Simulation:
         self,
         context: ForwardContext,
         log: TokenLog,
-        config: DareConfig,
-        table: RetentionTable,
-        scorer: Scorer,
-        routers: list[Router] | None,
-        tau: float,
+        setup: Setup,
         noise: torch.Generator | None,
-        training: bool,
-        sources: Sequence[int] = (),
-        threshold_step: float | None = None,
     ) -> None:
-        self.context, self.config, self.table = context, config, table
-        self.scorer, self.routers, self.tau, self.noise = scorer, routers, tau, noise
-        self.training, self.sources = training, sources
-        self.threshold_step = threshold_step
+        super().__init__(context)
+        self.setup, self.noise, self.training = setup, noise, setup.training
+        self.config, self.table, self.routers = setup.config, setup.table, setup.routers
         self.closed = False
-        self.drops = config.pruned == "drop"
         span, _ = context.span_and_forced()
         self.spans = _spans(context, span)
         self.columns = context.positions()
         counts = log.counts_by_hop()
         self.hops = max((len(row) for row in counts), default=1)
-        self.pruners = _pruners(log, counts, self.hops, config, table)
+        self.pruners = _pruners(log, counts, self.hops, self.config, self.table)
         self.masks: dict[Any, tuple[Any, Tensor]] = {}
         self._routes: dict[int, Route] = {}
         self._hop_gates: dict[int, Tensor] = {}
@@ -179,8 +159,9 @@ class Simulation:
             moved = torch.lerp(vectors, mean.to(vectors), MOMENTUM)
             vectors.copy_(torch.where(seen, moved, vectors))
 
-    def close(self) -> None:
+    def release(self) -> None:
         """The forward is over: let go of its tensors, the record's too for who took it has it."""
+        super().release()
         self.closed = True
         self.masks, self._routes, self._hop_gates, self.pruners = {}, {}, {}, []
         self._shared, self._updates = {}, []
@@ -195,19 +176,19 @@ class Simulation:
 
     def key_gates(self, index: int, route: Route) -> Tensor | None:
         """Float[B, H, S]: how far queries of each hop see each key; None where they see all."""
-        source = self.sources[index] if self.sources else index
+        sources = self.setup.anatomy.sources
+        source = sources[index]
         if source != index:
             return self._shared[source]
         found = None if self._keeps_all(index) else self._key_gates(index, route)
-        if self.sources.count(index) > 1:
+        if sources.count(index) > 1:
             self._shared[index] = found
         return found
 
     def _key_gates(self, index: int, route: Route) -> Tensor:
         context, learns = self.context, self.learns(index)
-        freezes = self.config.pruned == "freeze"
         held = context.modality != PAD
-        if not freezes:
+        if not self.config.freezes:
             held = held & route.run
         begun: list[tuple[int, Tensor, Tensor, int]] = []
         competitions: list[Competition] = []
@@ -221,8 +202,8 @@ class Simulation:
             begun.append((hop, keep, closed, len(mine)))
             competitions += mine
             held = held & keep
-        soft = soft_gates(route.ranked, competitions, self.config, self.tau)
-        gate = torch.ones_like(route.gate) if freezes else route.gate
+        soft = soft_gates(route.ranked, competitions, self.config, self.setup.tau)
+        gate = torch.ones_like(route.gate) if self.config.freezes else route.gate
         by_hop = [gate] * (self.pruners[0][0] if self.pruners else self.hops)
         for hop, keep, closed, count in begun:
             own = keep.to(gate.dtype)
@@ -230,7 +211,7 @@ class Simulation:
                 own = gates.straight_through(keep, torch.stack(soft[:count]).sum(0))
                 soft = soft[count:]
             own = torch.where(closed, own, 1.0)
-            if self.drops:  # what a layer lets go of at this hop, deeper ones do not hold either
+            if self.config.drops:  # what a layer lets go of at this hop, deeper ones lack too
                 own = self._hop_gates[hop] = own * self._hop_gates.get(hop, 1.0)
             gate = gate * own
             by_hop.append(gate)
@@ -242,7 +223,7 @@ class Simulation:
             return False
         source = self.table.plan_layers[index]
         rates = [self.table.rate(h, source, m) for h in range(self.hops) for m in MODALITIES]
-        spans = min(rates) >= 1.0 or self.config.pruned == "freeze"
+        spans = min(rates) >= 1.0 or self.config.freezes
         return spans and self.config.decode == "full"
 
     # routing of spans
@@ -254,7 +235,7 @@ class Simulation:
         if self.noise is not None:
             ranked = scores + gates.gumbel_noise(scores.detach(), self.noise)
         span, forced = context.span_and_forced()
-        before = self._routes.get(index - 1) if self.drops else None
+        before = self._routes.get(index - 1) if self.config.drops else None
         candidates = span if before is None else span & before.run
         hard = torch.zeros_like(span)
         for hop, own, counts in self.spans:
@@ -267,7 +248,7 @@ class Simulation:
         gate = run.to(scores.dtype)
         if self.learns(index) and self.spans:
             competitions = self._span_competitions(index, candidates, forced)
-            soft = torch.stack(soft_gates(ranked, competitions, self.config, self.tau)).sum(0)
+            soft = torch.stack(soft_gates(ranked, competitions, self.config, self.setup.tau)).sum(0)
             gate = torch.where(span, gates.straight_through(hard, soft), 1.0)
         if skips is not None:
             gate = skips.gates(gate) if self.learns(index) else gate
@@ -281,7 +262,7 @@ class Simulation:
             modality = self.context.modality.to(hidden.device)
             return self.routers[index](hidden, modality)
         with torch.no_grad():
-            return self.scorer.scores(self.context, layer, index, hidden.detach())
+            return self.setup.scorer.scores(self, layer, index, hidden.detach())
 
     def _span_budgets(self, index: int, hop: int, counts: list[list[int]]) -> list[list[int]]:
         rates = [self.table.rate(hop, index, m) for m in MODALITIES]
@@ -291,14 +272,10 @@ class Simulation:
         self, ranked: Tensor, span: Tensor, candidates: Tensor, rows: list[list[int]]
     ) -> Tensor:
         """Bool[B, S]: the `candidates` of one span that run, chosen as a plan does."""
-        context = self.context
-        _, forced = context.span_and_forced()
-        wanted = torch.tensor(rows).to(context.device, non_blocking=True)
-        modality = context.modality.masked_fill(~span, PAD)
+        modality = self.context.modality.masked_fill(~span, PAD)
+        forced = self.context.span_and_forced()[1]
         shares = self.config.uniform_share, self.config.recent_share
-        first = taken_first(modality, candidates, forced, wanted, *shares)
-        largest = (max(row[TEXT] for row in rows), max(row[VISION] for row in rows))
-        return keep_mask(ranked, context.modality, candidates, forced, wanted, largest, first=first)
+        return span_keep(ranked, modality, candidates, forced, rows, shares)
 
     def _span_competitions(
         self, index: int, candidates: Tensor, forced: Tensor

@@ -60,7 +60,7 @@ def skips_of(simulation: Simulation, index: int, scores: Tensor) -> Skips | None
     could = real & ~context.span_and_forced()[0] & ~first
     if context.always is not None:
         could = could & ~context.always
-    step = simulation.threshold_step
+    step = simulation.setup.threshold_step
     if step is None and simulation.training and simulation.learns(index):
         step = MOMENTUM
     facts = (context.token_hop, context.modality)

@@ -84,7 +84,7 @@ def test_rates_are_read_again_when_they_changed_and_only_then():
     routers(model)[2].rate_logits.data.fill_(4.0)
     forward(model, inputs)
     assert controller.table.rate(0, 2, 0) == routers(model)[2].rates()[0, 0].item()
-    assert controller.planner.table is controller.table
+    assert controller.in_use.planner.table is controller.table
 
 
 def test_a_devices_rates_are_read_by_version_and_identity(monkeypatch):

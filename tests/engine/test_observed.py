@@ -8,10 +8,9 @@ from hop_runs import DELIMITER, PRUNED
 from laws import dare, forward, inputs_of, shared_model
 
 from dare_hf import DareCache
-from dare_hf.cache.hop_counters import counters_of
 from dare_hf.compat import CACHE
 from dare_hf.engine import routed_layer
-from dare_hf.forward.generation_call import GenerationCall
+from dare_hf.engine.counted_call import CountedCall
 from dare_hf.hops.compaction import due_rows
 from dare_hf.routing import reference
 
@@ -67,7 +66,7 @@ def observed(cache, queries, due):
                 continue
             where = slot.positions()[row]
             closed = (where >= 0) & (cache.log.lookup(slot.positions())[1][row] < hop)
-            end = counters_of(cache).ends[row][hop - 1]
+            end = cache.hop_counters.ends[row][hop - 1]
             new = looked_back(slot, row, end, closed, queries[id(slot)])
             best = torch.maximum(DECAY * old[row], new.float())
             found[i, row] = dict(zip(where[closed].tolist(), best[closed].tolist(), strict=True))
@@ -84,7 +83,7 @@ def test_a_closed_hop_is_scored_by_its_last_queries(name, queries):
     mask = inputs["attention_mask"]
     with dare(model, scorer="attention", hop_delimiters=(DELIMITER,), **PRUNED):
         controller = model._dare.controller
-        call = GenerationCall(prompt_length=size, start=0, continues=True)
+        call = CountedCall(prompt_length=size, start=0, continues=True)
         with controller.generating(call, cache):
             forward(model, inputs, **{CACHE: cache}, use_cache=True)
             for step, count in enumerate(STEPS):

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dare_hf import DareCache, DareConfig
-from dare_hf.cache.hop_counters import HopCounters, counters_of
+from dare_hf.cache.hop_counters import HopCounters
 from dare_hf.hops.compaction import compact
 from dare_hf.hops.ledger import Held, Ledger
 from dare_hf.routing.retention import RetentionTable
@@ -30,7 +30,7 @@ class Operations(TorchDispatchMode):
 
 def store(cache: DareCache, tokens: int, vision: int) -> None:
     """Store the tokens of a hop in every layer and close it."""
-    state, past = counters_of(cache), len(cache.log)
+    state, past = cache.hop_counters, len(cache.log)
     modality = (torch.arange(tokens) < vision).to(torch.int8).expand(ROWS, -1)
     cache.log.append(modality, torch.full((ROWS, tokens), state.open_hops()[0]), padded=False)
     for i in range(LAYERS):
@@ -47,7 +47,7 @@ def compaction_operations(config: DareConfig, hops: int) -> int:
     """Operations of the compaction that begins hop `hops`."""
     cache = DareCache()
     cache.hop_counters = HopCounters()
-    state = counters_of(cache)
+    state = cache.hop_counters
     state.ensure(ROWS)
     span = Ledger((Held.nothing(),) * LAYERS).with_span(0, (2, 10), [(2, 10)] * LAYERS, 12)
     state.ledgers = [span] * ROWS

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from dare_hf import DareCache, DareConfig
-from dare_hf.cache.hop_counters import HopCounters, counters_of
+from dare_hf.cache.hop_counters import HopCounters
 from dare_hf.hops.compaction import compact
 from dare_hf.routing import reference
 from dare_hf.routing.kinds import PAD, TEXT, VISION
@@ -42,13 +42,13 @@ class CompactionMachine(RuleBasedStateMachine):
         self.table = RetentionTable(vision, text, tuple(range(LAYERS)), (True,) * LAYERS)
         self.cache = DareCache()
         self.cache.hop_counters = HopCounters()
-        counters_of(self.cache).ensure(rows)
+        self.cache.hop_counters.ensure(rows)
         self.rows = [[] for _ in range(rows)]
         self.held = [[[] for _ in range(rows)] for _ in range(LAYERS)]
         self.served, self.next_score = [0] * rows, 0
         self.store(data, prompt, sampled=False)
         for index in range(rows):
-            counters_of(self.cache).close(index, prompt - 1)
+            self.cache.hop_counters.close(index, prompt - 1)
 
     @property
     def seen(self) -> int:
@@ -62,7 +62,7 @@ class CompactionMachine(RuleBasedStateMachine):
 
     def store(self, data, count: int, *, sampled: bool) -> None:
         """Store new tokens: all where they are sampled, else a part that holds the last."""
-        hops, past = counters_of(self.cache).open_hops(), self.seen
+        hops, past = self.cache.hop_counters.open_hops(), self.seen
         new = []
         for row, hop in zip(self.rows, hops, strict=True):
             always = data.draw(st.integers(0, 2**count - 1)) & data.draw(
@@ -155,17 +155,17 @@ class CompactionMachine(RuleBasedStateMachine):
         self.store(data, count, sampled=True)
         for row in range(len(self.rows)):
             if data.draw(st.booleans()):
-                counters_of(self.cache).close(row, self.seen - 1)
+                self.cache.hop_counters.close(row, self.seen - 1)
 
     @rule()
     def enforce(self):
         compact(self.cache, self.config, self.table)
-        for row, hop in enumerate(counters_of(self.cache).open_hops()):
+        for row, hop in enumerate(self.cache.hop_counters.open_hops()):
             while self.served[row] < hop:
                 self.served[row] += 1
                 self.begin_hop(row, self.served[row])
         cap = self.config.max_kv_tokens
-        opened = counters_of(self.cache).open_hops()
+        opened = self.cache.hop_counters.open_hops()
         for layer in self.held:
             for row, hop, mine in zip(self.rows, opened, layer, strict=True):
                 later = sum(row[c][1] == hop for c, _ in mine)

@@ -22,7 +22,7 @@ from laws import (
 
 from dare_hf import DareCache
 from dare_hf.compat import CACHE, cache_of
-from dare_hf.forward.generation_call import GenerationCall
+from dare_hf.engine.counted_call import CountedCall
 from dare_hf.testing import tiny_model
 
 
@@ -155,7 +155,7 @@ def step_by_step(model, inputs, words, verified, rejected):
     cache, prompt = DareCache(), inputs["input_ids"].shape[1]
     controller, logits = model._dare.controller, []
     mask = inputs["attention_mask"]
-    call = GenerationCall(prompt_length=prompt, start=0, continues=True)
+    call = CountedCall(prompt_length=prompt, start=0, continues=True)
     with controller.generating(call, cache):
         forward(model, inputs, **{CACHE: cache}, use_cache=True)
         at = 0

@@ -11,7 +11,6 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from dare_hf.cache import DareCache
-from dare_hf.cache.hop_counters import counters_of
 from dare_hf.forward.generation_call import GenerationCall
 from dare_hf.forward.hop_closing import close_context
 from dare_hf.forward.inputs import open_context
@@ -149,7 +148,7 @@ class ReadingMachine(RuleBasedStateMachine):
 
     def hold_state(self) -> None:
         """Between forwards the counters and the log say what the lists say."""
-        state = counters_of(self.cache)
+        state = self.cache.hop_counters
         for r, row in enumerate(self.rows):
             hops, ends = hops_of(row, self.prompt, self.rules)
             assert state.ends[r] == ends, "closed hops"
@@ -251,7 +250,7 @@ class ReadingMachine(RuleBasedStateMachine):
     @rule()
     def serve(self):
         """What a compaction notes of the hops it serves."""
-        state = counters_of(self.cache)
+        state = self.cache.hop_counters
         due = due_rows(self.cache)
         state.compacted = [max(a, b) for a, b in zip(state.compacted, due, strict=True)]
         self.served = [max(a, b) for a, b in zip(self.served, due, strict=True)]

@@ -103,10 +103,10 @@ def test_attention_scores_are_of_all_keys(name, rows):
             inner = layer._dare.inner
 
             def tapped(*args, _inner=inner, _state=layer._dare, **kwargs):
-                context = _state.controller.context
-                plans.append((_state.index, context.plans[_state.index].keep))
-                if context.frozen is None or context.frozen:
-                    scores.append(context.attention_score)
+                run = _state.controller.run
+                plans.append((_state.index, run.plans[_state.index].keep))
+                if run.frozen is None or run.frozen:
+                    scores.append(run.attention_score)
                 return _inner(*args, **kwargs)
 
             layer._dare.inner = tapped
@@ -131,7 +131,7 @@ def test_the_ring_says_where_its_queries_stood():
             inner = layer._dare.inner
 
             def tapped(*args, _inner=inner, _state=layer._dare, **kwargs):
-                plans[_state.index] = _state.controller.context.plans[_state.index]
+                plans[_state.index] = _state.controller.run.plans[_state.index]
                 return _inner(*args, **kwargs)
 
             layer._dare.inner = tapped

@@ -12,7 +12,6 @@ from router_runs import controller_of, routed, trainee, written_batch
 from skipping_runs import skipping
 
 from dare_hf import DareConfig, apply_dare, last_report
-from dare_hf.cache.hop_counters import counters_of
 from dare_hf.calibration import fit_router, fit_thresholds
 from dare_hf.compat import cache_of
 from dare_hf.errors import (
@@ -100,7 +99,7 @@ def test_the_training_forward_is_generate_step_by_step(name, fields, rows):
 
 def hold_ledgers(cache) -> None:
     """What a hop's begin left is known to the token, whatever had skipped before it."""
-    ledgers = counters_of(cache).ledgers
+    ledgers = cache.hop_counters.ledgers
     begun = [ledger.begun for ledger in ledgers]
     held, _ = stored_counts(cache, [hop - 1 for hop in begun])
     for row, ledger in enumerate(ledgers):

@@ -21,7 +21,7 @@ from dare_hf.conformance.laws import (
     padding,
 )
 from dare_hf.conformance.subject import Subject
-from dare_hf.engine import gathering, routed_layer
+from dare_hf.engine.gathering import Turn
 from dare_hf.engine.settings import resolve
 from dare_hf.errors import DareConfigError
 from dare_hf.routing import VISION
@@ -234,7 +234,7 @@ def test_a_plan_that_several_layers_reuse_holds_for_sharing_ones(subjects):
 def test_other_columns_at_a_sharing_layer_are_found(subjects, monkeypatch, mutation):
     """The laws see what a sharing layer reads: shift its columns, and the row breaks."""
     subject = subjects["gemma4"]
-    right = gathering.key_view
+    right = Turn.key_view
 
     def wrong(*args):
         view = right(*args)
@@ -242,8 +242,7 @@ def test_other_columns_at_a_sharing_layer_are_found(subjects, monkeypatch, mutat
         wrong = columns.roll(1, dims=1) if mutation == "shifted" else columns.flip(1)
         return replace(view, columns=wrong)
 
-    for module in (gathering, routed_layer):
-        monkeypatch.setattr(module, "key_view", wrong)
+    monkeypatch.setattr(Turn, "key_view", wrong)
     with pytest.raises((LawBroken, RuntimeError, IndexError)):
         oracle(subject)
 

@@ -18,6 +18,7 @@ from dare_hf.conformance.laws import LawBroken, identity, oracle
 from dare_hf.conformance.page import expected, renewed
 from dare_hf.conformance.subject import Subject
 from dare_hf.engine import gathering, masks, routed_layer
+from dare_hf.engine.gathering import Turn
 from dare_hf.errors import DareInputError, UnsupportedModelError
 
 FAST = {"qwen3_vl", "idefics3", "mllama", "qwen3_5", "kimi_k25", "blip-2", "paligemma", "udop"}
@@ -133,9 +134,9 @@ def shifted_positions(found):
 @pytest.mark.parametrize(
     ("where", "name", "mutation"),
     [
-        ([gathering], "_columns", shifted),
+        ([Turn], "_columns", shifted),
         ([gathering, routed_layer], "take_tokens", reversed_tokens),
-        ([gathering], "_remembered", shifted_positions),
+        ([Turn], "_remembered", shifted_positions),
         ([masks], "_take", shifted),
     ],
     ids=["mask columns", "tokens", "positions", "mask rows"],

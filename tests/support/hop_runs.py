@@ -8,8 +8,6 @@ import torch
 from laws import SPECIAL_IDS, dare, generate
 from transformers import LogitsProcessor
 
-from dare_hf.cache.hop_counters import counters_of
-
 DELIMITER = 12
 WORDS = tuple(range(10, 18))
 """The few words of runs that need natural repeats: prompt lookup, delimiters that just occur."""
@@ -87,7 +85,7 @@ def new_tokens(inputs, out) -> torch.Tensor:
 def injected_columns(cache) -> list[tuple[int, int]]:
     """Columns [start, end) of each injected input: the row that got most has it without a pad."""
     found = dict[int, int]()
-    for start, end in {span for row in counters_of(cache).spans for span in row}:
+    for start, end in {span for row in cache.hop_counters.spans for span in row}:
         found[end] = min(start, found.get(end, start))
     return sorted((start, end) for end, start in found.items())
 
