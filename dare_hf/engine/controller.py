@@ -224,7 +224,17 @@ class Controller(TrainingForwards):
         """Close the context that `module` opened; a failed forward leaves the cache as it was."""
         if not self._local.forwards or self._local.forwards[-1].module is not module:
             return
-        entry = self._local.forwards.pop()
+        entry = self._local.forwards[-1]
+        try:
+            self._close(entry, failed=failed)
+        except BaseException:  # an interrupt may come between any two lines
+            if (cache := entry.run.context.cache) is not None:
+                cache.rollback()
+            raise
+        finally:
+            self._local.forwards.pop()
+
+    def _close(self, entry: OpenForward, *, failed: bool) -> None:
         run, context, cache = entry.run, entry.run.context, entry.run.context.cache
         if isinstance(run, Simulation):
             if not failed:
