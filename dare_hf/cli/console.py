@@ -29,8 +29,14 @@ AsJson = Annotated[
 def one_line_errors() -> Iterator[None]:
     """A refusal is one line on stderr and exit code 2; every command runs in it."""
     importlib.import_module("dare_hf.peft_method")  # which the console script has put off
+    from dare_hf.evaluation.processes import OtherProcessError, is_first
+
     try:
         yield
+    except OtherProcessError as error:
+        if is_first() and not error.told:
+            typer.echo(f"dare-hf: {error}", err=True)
+        raise typer.Exit(REFUSED) from error
     except DareError as error:
         typer.echo(f"dare-hf: {error}", err=True)
         raise typer.Exit(REFUSED) from error
@@ -50,12 +56,15 @@ def embedded_runner(name: str) -> Runner:
 
 
 def show_no_bars(model: str) -> None:
-    """No bars of transformers; one thread for so small a model as the embedded ones."""
+    """No bars, and warnings once; one thread for so small a model as the embedded ones."""
     import torch
     from transformers.utils import logging
 
+    from dare_hf.evaluation.processes import is_first
     from dare_hf.tuning.loading import EMBEDDED
 
+    if not is_first():
+        logging.set_verbosity_error()
     logging.disable_progress_bar()
     if Path(model).name in {*EMBEDDED, *EMBEDDED.values()}:
         torch.set_num_threads(1)
@@ -68,16 +77,24 @@ def told_if_interrupted(saved: Callable[[], str]) -> Iterator[None]:
     Args:
         saved: Says it.
     """
+    from dare_hf.evaluation.processes import is_first
+
     try:
         yield
     except KeyboardInterrupt as error:
-        typer.echo(f"dare-hf: interrupted; {saved()}", err=True)
+        if is_first():
+            typer.echo(f"dare-hf: interrupted; {saved()}", err=True)
         raise typer.Exit(INTERRUPTED) from error
 
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar per side on stderr; yields what takes (side, done, total)."""
+    """A bar per side on stderr, of the first process; yields what takes (side, done, total)."""
+    from dare_hf.evaluation.processes import is_first
+
+    if not is_first():
+        yield lambda side, done, total: None
+        return
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -53,10 +53,11 @@ def check(
     Example: dare-hf check MODEL --config safe --data rows.jsonl --floor 0.98
     """
     with one_line_errors():
+        from dare_hf.evaluation.processes import is_first, together
         from dare_hf.tuning import check as check_rows
 
         show_no_bars(model)
-        with progress() as tell:
+        with together() as processes, progress() as tell:
             found = check_rows(
                 model,
                 config,
@@ -65,10 +66,11 @@ def check(
                 batch_size=batch_size,
                 load_in_4bit=load_in_4bit,
                 progress=tell,
+                processes=processes,
             )
-        if as_json:
+        if as_json and is_first():
             sys.stdout.write(json.dumps(found.to_dict()) + "\n")
-        else:
+        elif is_first():
             low, high = found.interval
             typer.echo(
                 f"{'passed' if found.passed else 'failed'}: agreement {found.agreement:.4f} (95 % "
@@ -110,10 +112,16 @@ def tune(
     Example: dare-hf tune MODEL --data rows.jsonl --out tuned --target kv=0.5
     """
     with one_line_errors():
+        from dare_hf.evaluation.processes import is_first, together
         from dare_hf.tuning import tune as tune_rows
 
         show_no_bars(model)
-        with told_if_interrupted(lambda: _kept(out)), _errors_only(), progress() as tell:
+        with (
+            told_if_interrupted(lambda: _kept(out)),
+            together() as processes,
+            _errors_only(),
+            progress() as tell,
+        ):
             found = tune_rows(
                 model,
                 data,
@@ -128,7 +136,10 @@ def tune(
                 batch_size=batch_size,
                 load_in_4bit=load_in_4bit,
                 progress=tell,
+                processes=processes,
             )
+        if not is_first():
+            return
         found.save(out)
         if as_json:
             sys.stdout.write(json.dumps(found.to_dict()) + "\n")
@@ -174,21 +185,24 @@ def evaluate(
     from rich.console import Console
     from rich.table import Table
 
+    from dare_hf.evaluation.processes import is_first, together
     from dare_hf.suites import evaluate_suite
     from dare_hf.tuning import evaluate_rows
     from dare_hf.tuning.answers import MAX_NEW_TOKENS
 
     show_no_bars(model)
     more: dict[str, Any] = {"config": config, "out": out, "load_in_4bit": load_in_4bit}
-    with told_if_interrupted(lambda: _kept(out)), progress() as tell:
+    interrupted = told_if_interrupted(lambda: _kept(out))
+    with interrupted, together() as processes, progress() as tell:
+        more |= {"progress": tell, "processes": processes}
         if benchmark is None:
             length = max_new_tokens or MAX_NEW_TOKENS
-            found = evaluate_rows(
-                model, data, metric or "exact", max_new_tokens=length, progress=tell, **more
-            )
+            found = evaluate_rows(model, data, metric or "exact", max_new_tokens=length, **more)
         else:
             more |= {"batch_size": batch_size or 8, "max_new_tokens": max_new_tokens}
-            found = evaluate_suite(model, benchmark, data, scoring=metric, progress=tell, **more)
+            found = evaluate_suite(model, benchmark, data, scoring=metric, **more)
+    if not is_first():
+        return
     title = f"{model} on {benchmark or data}"
     lines = Table(title=title, title_justify="left", show_header=False)
     low, high = found["accuracy_interval"]
@@ -231,8 +245,16 @@ def refuse_given(options: Mapping[str, object], data: bool) -> None:
     """Refuse options of `eval` that belong to its other form.
 
     Raises:
-        DareInputError: One is given.
+        DareInputError: One is given, or the form for items of a task is started in several
+            processes.
     """
+    from dare_hf.evaluation.processes import launched
+
+    if not data and launched() > 1:
+        raise DareInputError(
+            f"processes: expected one for items of a task; got {launched()}. Several share the "
+            "rows of --data"
+        )
     given = [name for name, value in options.items() if value]
     if given:
         other = "without --data" if data else "with --data"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -37,9 +36,8 @@ def train(
     Example: dare-hf train --config examples/router.yaml --out runs/mine
     """
     with one_line_errors():
-        from accelerate import PartialState
-
         from dare_hf import recipes
+        from dare_hf.evaluation.processes import is_first, together
         from dare_hf.training import end_processes
 
         folder = None if out is None else str(out)
@@ -47,12 +45,10 @@ def train(
         recipe = recipes.load_recipe(
             config, model=model, out=folder, steps=steps, load_in_4bit=quantised
         )
-        # accelerate is asked once the trainer has told it of the device: before, it would set
-        # itself up for one process where there is no accelerator
-        first = os.environ.get("RANK", "0") == "0"
-        with told_if_interrupted(lambda: _kept(recipe.out)), progress() as tell:
-            result = recipes.train(recipe, resume=resume, progress=tell if first else None)
-        if PartialState().is_main_process:
+        interrupted = told_if_interrupted(lambda: _kept(recipe.out))
+        with interrupted, together(), progress() as tell:
+            result = recipes.train(recipe, resume=resume, progress=tell)
+        if is_first():
             for name, place in result.folders.items():
                 typer.echo(f"{name}: {place}")
         end_processes()

@@ -10,6 +10,7 @@ import torch
 from dare_hf.errors import AdapterMismatchError, DareStateError
 from dare_hf.routers.holder import NAME, OFFLOADED, active_routers, holder_of
 from dare_hf.routers.router import rate_row
+from dare_hf.routers.sharded import in_parts, whole
 from dare_hf.routing.retention import learned_table
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ class ActiveAdapter:
         """The settings to use from now on; None where those in use still hold.
 
         Learned rates are read again when a parameter is another one or was written to: no copy
-        from a device otherwise. On the CPU, where reading costs no copy, their values are compared.
+        from a device otherwise. On the CPU, where reading costs no copy, their values are compared;
+        not those of which FSDP2 keeps each process a part, which all processes read together.
 
         Raises:
             AdapterMismatchError: The adapter was loaded, but its file held no weights for a layer.
@@ -136,8 +138,8 @@ def rates_learned(logits: Sequence[Tensor], settings: Settings) -> RetentionTabl
     """
     same_place = len({tensor.device for tensor in logits}) == 1
     with torch.no_grad():
-        every = logits if same_place else [tensor.cpu() for tensor in logits]
-        rates = torch.sigmoid(torch.stack(list(every)).float()).double().tolist()
+        stacked = torch.stack(list(logits if same_place else [tensor.cpu() for tensor in logits]))
+        rates = torch.sigmoid(whole(stacked).float()).double().tolist()
     count = len(rates[0])
     by_hop = [[layer[rate_row(hop, count)] for layer in rates] for hop in range(count)]
     table = learned_table(
@@ -159,8 +161,8 @@ def _logits(router: Router) -> Tensor:
 
 
 def _stacked(logits: Sequence[Tensor]) -> Tensor | None:
-    """Float32[layers, hops, 2] rate logits where they are all on the CPU, else None."""
-    if any(tensor.device.type != "cpu" for tensor in logits):
+    """Float32[layers, hops, 2] rate logits where they are all whole on the CPU, else None."""
+    if any(tensor.device.type != "cpu" or in_parts(tensor) for tensor in logits):
         return None
     return torch.stack([tensor.detach() for tensor in logits])
 

@@ -266,8 +266,8 @@ def _save(model: Any, recipe: Recipe, out: Path, write: bool) -> dict[str, str]:
         kinds.append(DARE)
     else:
         remove_dare(model)
-    if kinds and write:
-        save_adapters(model, out)
+    if kinds:
+        save_adapters(model, out, write)
     return {name: str(out / name) for name in kinds}
 
 

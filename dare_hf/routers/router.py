@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from dare_hf.errors import DareStateError
+from dare_hf.routers.sharded import in_parts
 from dare_hf.routing.scores import router_scores
 
 if TYPE_CHECKING:
@@ -101,7 +103,18 @@ class Router(nn.Module):
         return own.masked_fill(modality < 0, 0.0)
 
     def rates(self) -> Tensor:
-        """Float32[hops, 2] learned rates, columns text and vision."""
+        """Float32[hops, 2] learned rates, columns text and vision.
+
+        Raises:
+            DareStateError: FSDP2 has given this process a part of them, and this is not the forward
+                of their own layer.
+        """
+        if in_parts(self.rate_logits):
+            raise DareStateError(
+                "FSDP2: expected learned rates that only their own layer reads while it trains, as "
+                "with plan_every=1; got a layer that shares another's plan. Train with "
+                "plan_every=1, or without FSDP"
+            )
         return torch.sigmoid(self.rate_logits.float())
 
     def rate_row(self, hop: int) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from dare_hf.errors import DareInputError
 from dare_hf.evaluation.measurement import setting as machine
+from dare_hf.evaluation.processes import ALONE, Processes
 from dare_hf.suites.base import Item, Scoring, Suite, Verdict, taken
 from dare_hf.suites.embspatial import EmbSpatial
 from dare_hf.suites.multihop_spatial import MultihopSpatial
@@ -61,6 +62,7 @@ def evaluate_suite(
     out: str | Path | None = None,
     load_in_4bit: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Answer each item of a benchmark and score it as its authors do, and as VoCoT does.
 
@@ -78,11 +80,13 @@ def evaluate_suite(
             goes on behind them and has the same result.
         load_in_4bit: Load the backbone in nf4, where a folder is given.
         progress: Called with ("rows", items done, items in all).
+        processes: As `evaluate_rows` takes them; batches are shared.
 
     Returns:
         What `evaluate_rows` returns, with `unparsed` (share of answers that do not parse),
         `totals` (the benchmark's further figures) and `peak_memory_bytes` (of the accelerator;
-        of the process, where there is none; None on Windows without one).
+        of the process, where there is none; None on Windows without one; of the process that took
+        most, where there are several).
 
     Raises:
         DareError: The data, the model or the configuration cannot be used, or `out` is of another
@@ -111,13 +115,15 @@ def evaluate_suite(
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     groups = batches(rows, batch_size if prompts.tokenizer.pad_token_id is not None else 1)
-    found = ask_all(model, groups, ask, Journal(out, about), prompts, config, progress)
+    journal = Journal(out, about, processes)
+    found = ask_all(model, groups, ask, journal, prompts, config, progress, processes)
+    peaks = processes.gathered(_peak_memory(model))
     return {
         **about,
         **summary(found),
         "unparsed": sum(not one["parsed"] for one in found) / len(found),
         "totals": suite.totals(scoring, items, found),
-        "peak_memory_bytes": _peak_memory(model),
+        "peak_memory_bytes": None if None in peaks else max(peaks),
     } | machine(model)
 
 

@@ -15,6 +15,7 @@ from peft.utils import load_peft_weights
 
 from dare_hf.errors import AdapterMismatchError, DareStateError
 from dare_hf.routers.files import check_tensors, shapes
+from dare_hf.routers.sharded import in_parts, whole
 
 _PREFIX = "base_model.model."
 
@@ -25,21 +26,33 @@ def attached(model: Any) -> list[str]:
     return list(model.peft_config) if own else []
 
 
-def save_adapters(model: Any, folder: str | Path) -> None:
+def save_adapters(model: Any, folder: str | Path, write: bool = True) -> None:
     """Save attached adapters, each to `folder/<name>`; what is active or trained stays so.
 
     Args:
         model: A transformers model with adapters.
         folder: Where to.
+        write: Whether this process does. All of them call this where FSDP2 has sharded the model.
     """
+    names, tensors = attached(model), None
+    if any(map(in_parts, model.parameters())):
+        named = {key: t for key, t in model.state_dict().items() if _of(names, key)}
+        tensors = {key: whole(tensor) for key, tensor in named.items()}
+    if not write:
+        return
     active = list(model.active_adapters())
     trained = [(p, p.requires_grad) for p in model.parameters()]
-    for name in attached(model):
+    for name in names:
         model.set_adapter(name)
-        model.save_pretrained(Path(folder) / name)
+        model.save_pretrained(Path(folder) / name, state_dict=tensors)
     model.set_adapter(active)
     for parameter, requires_grad in trained:
         parameter.requires_grad_(requires_grad)
+
+
+def _of(adapters: list[str], key: str) -> bool:
+    """Whether a tensor is one of these adapters', by its name as peft makes it."""
+    return any(f".{name}." in key or key.endswith(f".{name}") for name in adapters)
 
 
 def load_adapters(model: Any, folder: str | Path) -> None:

@@ -10,9 +10,10 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from dare_hf.engine.attach import state_of
-from dare_hf.errors import DareConfigError
+from dare_hf.errors import DareConfigError, DareStateError
 from dare_hf.training.auxiliary import auxiliary_loss
 from dare_hf.training.checkpoints import attached, load_adapters, save_adapters
+from dare_hf.training.fsdp import fsdp_kind, take_buffers_of_first, written_as
 from dare_hf.training.quantized import keep_gradients_right
 from dare_hf.training.schedule import TemperatureSchedule
 
@@ -103,6 +104,8 @@ class DareTrainerMixin:
         rows, hop_ids = _rows(inputs), inputs.pop("hop_ids", None)
         plain = trainer.accelerator.unwrap_model(model)
         controller = state_of(plain).controller
+        if trainer.is_fsdp_enabled and model.training and controller.routers is not None:
+            take_buffers_of_first(controller.routers)
         with controller.teach(labels=inputs.get("labels"), hop_ids=hop_ids):
             found = super().compute_loss(  # ty: ignore[missing-attribute]
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
@@ -170,11 +173,12 @@ class DareTrainerMixin:
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write a checkpoint; transformers would save one adapter only, or stop at a second."""
         trainer: Any = self
-        if self._sharded() or not attached(trainer.model):
+        if not attached(trainer.model):
             super()._save(output_dir, state_dict)  # ty: ignore[missing-attribute]
-        elif trainer.args.should_save:
-            folder = Path(trainer.args.output_dir if output_dir is None else output_dir)
-            save_adapters(trainer.model, folder)
+            return
+        folder = Path(trainer.args.output_dir if output_dir is None else output_dir)
+        save_adapters(trainer.model, folder, trainer.args.should_save)
+        if trainer.args.should_save:
             if trainer.processing_class is not None:
                 trainer.processing_class.save_pretrained(folder)
             torch.save(trainer.args, folder / TRAINING_ARGS_NAME)
@@ -182,10 +186,24 @@ class DareTrainerMixin:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load a checkpoint's weights into the model."""
         trainer: Any = self
+        found = fsdp_kind(resume_from_checkpoint)
+        if found is not None and not trainer.is_fsdp_enabled:
+            raise DareStateError(
+                f"checkpoint: expected one of a run without FSDP; got {resume_from_checkpoint}, "
+                "whose optimizer's state FSDP wrote. Resume with the fsdp options it was written "
+                "with; adapters in folders of their own there can be loaded for a new run"
+            )
         if self._sharded() or not getattr(trainer.model, "peft_config", None):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # ty: ignore[missing-attribute]
+            with written_as(found, trainer.accelerator):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)  # ty: ignore[missing-attribute]
         else:
             load_adapters(trainer.model, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load what a checkpoint holds beside the weights."""
+        trainer: Any = self
+        with written_as(checkpoint and fsdp_kind(checkpoint), trainer.accelerator):
+            super()._load_optimizer_and_scheduler(checkpoint)  # ty: ignore[missing-attribute]
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint's weights into the model."""

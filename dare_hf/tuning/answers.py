@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dare_hf.errors import DareInputError
+from dare_hf.evaluation.processes import ALONE, Processes
 from dare_hf.tuning.fidelity import filled, forced, greedy, on_device
 
 if TYPE_CHECKING:
@@ -118,18 +119,23 @@ def scores(
     metric: Metric,
     max_new_tokens: int,
     batch_size: int,
+    processes: Processes = ALONE,
 ) -> list[float]:
-    """The score of each row, as `answer` has it; generated in batches."""
+    """The score of each row, as `answer` has it; generated in batches, which processes share."""
     if metric is Metric.likelihood:
-        return [_likeliest(model, prompts, row)[1] for row in rows]
-    found = [0.0] * len(rows)
-    for indices in prompts.batches(rows, batch_size):
+        return processes.mapped(rows, lambda row: _likeliest(model, prompts, row)[1])
+    batches = list(prompts.batches(rows, batch_size))
+
+    def of_batch(indices: list[int]) -> list[float]:
         picked = [rows[index] for index in indices]
         inputs = on_device(model, prompts.encode(picked))
-        answers = greedy(model, inputs, max_new_tokens, prompts.pad_id)
-        for index, ids in zip(indices, answers.tolist(), strict=True):
-            found[index] = float(right(prompts.text(ids), rows[index], metric))
-    return found
+        answers = greedy(model, inputs, max_new_tokens, prompts.pad_id).tolist()
+        texts = map(prompts.text, answers)
+        return [float(right(text, row, metric)) for text, row in zip(texts, picked, strict=True)]
+
+    made = zip(batches, processes.mapped(batches, of_batch), strict=True)
+    found = {k: score for batch, said in made for k, score in zip(batch, said, strict=True)}
+    return [found[index] for index in range(len(rows))]
 
 
 def right(said: str, row: Row, metric: Metric) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dare_hf.evaluation.intervals import clustered_share, paired_difference
+from dare_hf.evaluation.processes import ALONE, Processes
 from dare_hf.tuning.answers import scores
 from dare_hf.tuning.candidates import candidate
 from dare_hf.tuning.fidelity import References, fidelity
@@ -89,6 +90,7 @@ class Bench:
         scoring: How task scores are taken.
         journal: Keeps what was measured.
         batch_size: Most rows of a generate call.
+        processes: Those that share the batches; each has a bench of its own, asked alike.
     """
 
     def __init__(
@@ -100,9 +102,11 @@ class Bench:
         scoring: Scoring,
         journal: Journal,
         batch_size: int,
+        processes: Processes = ALONE,
     ) -> None:
         self.model, self.prompts, self.rows, self.share = model, prompts, rows, share
         self.scoring, self.journal, self.batch_size = scoring, journal, batch_size
+        self.processes = processes
         self.references = References(model, prompts, rows, batch_size, keep=True)
         self.by_score = scoring.metric is not None and any(self.full_scores())
 
@@ -118,7 +122,7 @@ class Bench:
         key = f"{self.share} {family} {json.dumps(config.to_dict(), sort_keys=True)}"
         if key not in self.journal:
             with candidate(self.model, config, router):
-                found = fidelity(self.model, self.references)
+                found = fidelity(self.model, self.references, None, self.processes)
                 scored = self._scores() if self.by_score else []
             names = ("hits", "sizes", "agreement", "mean_kl", "flops_ratio", "kv_ratio")
             value = {name: getattr(found, name) for name in names}
@@ -129,7 +133,8 @@ class Bench:
         metric, length = self.scoring.metric, self.scoring.max_new_tokens
         if metric is None:
             return []
-        return scores(self.model, self.prompts, self.rows, metric, length, self.batch_size)
+        given = (self.model, self.prompts, self.rows, metric, length, self.batch_size)
+        return scores(*given, self.processes)
 
     def _read(self, family: str, config: DareConfig, value: dict[str, Any]) -> Measured:
         if self.by_score:

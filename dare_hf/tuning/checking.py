@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dare_hf.api import dare_applied
 from dare_hf.errors import DareInputError
+from dare_hf.evaluation.processes import ALONE, Processes
 from dare_hf.tuning.fidelity import BATCH, References, fidelity
 from dare_hf.tuning.loading import as_used, prepare
 
@@ -58,6 +59,7 @@ def check(
     batch_size: int = BATCH,
     load_in_4bit: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> Check:
     """Compare a configuration's predictions with the unpruned model's.
 
@@ -73,6 +75,7 @@ def check(
         batch_size: Most rows of a generate call.
         load_in_4bit: Load the backbone in nf4, where a folder is given.
         progress: Called with ("rows", rows done, rows in all).
+        processes: As `evaluate_rows` takes them; batches are shared.
 
     Raises:
         DareError: The rows, the model or the configuration cannot be used; the text says why.
@@ -87,5 +90,5 @@ def check(
             progress("rows", done, len(given))
 
     with as_used(model), dare_applied(model, config, processor=prompts.processor):
-        found = fidelity(model, references, tell)
+        found = fidelity(model, references, tell, processes)
     return Check(found.agreement, found.mean_kl, floor, len(given), found.agreement_interval)

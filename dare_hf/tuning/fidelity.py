@@ -16,8 +16,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from dare_hf.api import dare_disabled, last_report
 from dare_hf.calibration.continuation import until_end
 from dare_hf.engine.attach import unwrap
-from dare_hf.evaluation.costs import ReportTotals
 from dare_hf.evaluation.intervals import clustered_share
+from dare_hf.evaluation.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -103,19 +103,26 @@ class References:
         self._made: dict[int, Reference] = {}
         self._kept: dict[int, Tensor] = {}
 
+    def __len__(self) -> int:
+        """Batches."""
+        return len(self._plan)
+
     def __iter__(self) -> Iterator[tuple[Reference, Tensor]]:
-        """Each batch with Float32[B, n, V] log-probabilities of the unpruned model."""
-        for number, indices in enumerate(self._plan):
-            made = self._made.get(number) or self._new(indices)
-            truth = self._kept.get(number)
-            if truth is None:
-                with _plain(self.model):
-                    truth = forced(self.model, made.inputs, made.tokens)
-            if self.keep:
-                self._made[number] = made
-                if sum(kept.nbytes for kept in self._kept.values()) + truth.nbytes <= _KEPT_BYTES:
-                    self._kept[number] = truth
-            yield made, truth
+        """Each batch as `batch` has it."""
+        return map(self.batch, range(len(self)))
+
+    def batch(self, number: int) -> tuple[Reference, Tensor]:
+        """A batch with Float32[B, n, V] log-probabilities of the unpruned model."""
+        made = self._made.get(number) or self._new(self._plan[number])
+        truth = self._kept.get(number)
+        if truth is None:
+            with _plain(self.model):
+                truth = forced(self.model, made.inputs, made.tokens)
+        if self.keep:
+            self._made[number] = made
+            if sum(kept.nbytes for kept in self._kept.values()) + truth.nbytes <= _KEPT_BYTES:
+                self._kept[number] = truth
+        return made, truth
 
     def _new(self, indices: list[int]) -> Reference:
         rows = [self.rows[index] for index in indices]
@@ -130,7 +137,10 @@ class References:
 
 
 def fidelity(
-    model: Any, references: References, progress: Callable[[int], None] | None = None
+    model: Any,
+    references: References,
+    progress: Callable[[int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> Fidelity:
     """Compare a model with DARE on it with the references.
 
@@ -138,20 +148,44 @@ def fidelity(
         model: With DARE.
         references: Of the same model.
         progress: Called with the rows done after each batch.
+        processes: Those that share the batches; all have the result.
     """
-    totals, found = ReportTotals(model), {}
-    for reference, truth in references:
-        predicted = forced(model, reference.inputs, reference.tokens)
-        totals.add(last_report(model), len(reference.indices))
-        same = (predicted.argmax(-1) == truth.argmax(-1)) & reference.live
-        kl = (truth.exp() * (truth - predicted)).sum(-1).clamp(min=0) * reference.live
-        sizes = reference.live.sum(1).tolist()
-        per_row = zip(same.sum(1).tolist(), sizes, kl.sum(1).tolist(), strict=True)
-        found |= dict(zip(reference.indices, per_row, strict=True))
+    rows = 0
+
+    def done(_: int, batch: dict[str, Any]) -> None:
+        nonlocal rows
+        rows += len(batch["indices"])
         if progress is not None:
-            progress(len(found))
+            progress(rows)
+
+    batches = processes.mapped(
+        range(len(references)), lambda number: _compared(model, *references.batch(number)), done
+    )
+    found = {k: row for one in batches for k, row in zip(one["indices"], one["rows"], strict=True)}
     hits, sizes, kl = zip(*(found[index] for index in sorted(found)), strict=True)
-    return Fidelity(hits, sizes, kl, totals.flops_ratio, totals.kv_ratio)
+    totals = {name: sum(one[name] for one in batches) for name in _TOTALS}
+    flops_ratio = totals["flops"] / totals["flops_baseline"]
+    return Fidelity(hits, sizes, kl, flops_ratio, totals["kv"] / totals["kv_baseline"])
+
+
+_TOTALS = ("flops", "flops_baseline", "kv", "kv_baseline")
+
+
+def _compared(model: Any, reference: Reference, truth: Tensor) -> dict[str, Any]:
+    """Of a batch: per row its hits, places and KL; FLOPs and KV bytes of the call."""
+    predicted = forced(model, reference.inputs, reference.tokens)
+    report = last_report(model)
+    same = (predicted.argmax(-1) == truth.argmax(-1)) & reference.live
+    kl = (truth.exp() * (truth - predicted)).sum(-1).clamp(min=0) * reference.live
+    columns = (same.sum(1), reference.live.sum(1), kl.sum(1))
+    return {
+        "indices": reference.indices,
+        "rows": list(zip(*(column.tolist() for column in columns), strict=True)),
+        "flops": sum(report.flops.values()),
+        "flops_baseline": sum(report.flops_baseline.values()),
+        "kv": report.kv_bytes,
+        "kv_baseline": report.kv_bytes_baseline,
+    }
 
 
 def greedy(model: Any, inputs: dict[str, Any], length: int, pad_id: int) -> Tensor:

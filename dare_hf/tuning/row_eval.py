@@ -14,6 +14,7 @@ from dare_hf.config import DareConfig
 from dare_hf.evaluation.costs import PHASES
 from dare_hf.evaluation.intervals import mean_score
 from dare_hf.evaluation.measurement import setting as machine
+from dare_hf.evaluation.processes import ALONE, Processes
 from dare_hf.tuning.answers import MAX_NEW_TOKENS, Metric, answer, checker, named_metric
 from dare_hf.tuning.journal import Journal
 from dare_hf.tuning.loading import as_used, prepare
@@ -39,6 +40,7 @@ def evaluate_rows(
     out: str | Path | None = None,
     load_in_4bit: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Answer each row greedily and score it.
 
@@ -53,6 +55,8 @@ def evaluate_rows(
             behind them and has the same result.
         load_in_4bit: Load the backbone in nf4, where a folder is given.
         progress: Called with ("rows", rows done, rows in all).
+        processes: Those that share the rows; each of them calls this alike, the first one writes
+            `out`, and all have the result. See `together`.
 
     Returns:
         `n`, `accuracy` (the mean score), `accuracy_interval`, `flops_ratio` and `kv_ratio` (None
@@ -79,9 +83,9 @@ def evaluate_rows(
         said, score = answer(model, prompts, rows[0], metric, max_new_tokens)
         return [{"said": said, "score": score}]
 
-    found = ask_all(
-        model, [[row] for row in given], ask, Journal(out, about), prompts, config, progress
-    )
+    journal = Journal(out, about, processes)
+    groups = [[row] for row in given]
+    found = ask_all(model, groups, ask, journal, prompts, config, progress, processes)
     return {**about, "rows": len(given)} | summary(found) | machine(model)
 
 
@@ -93,6 +97,7 @@ def ask_all(
     prompts: Prompts,
     config: DareConfig | str | os.PathLike[str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> list[dict[str, Any]]:
     """Ask a model about rows, group by group; a group that the journal holds whole is not asked.
 
@@ -100,10 +105,11 @@ def ask_all(
         model: A plain model, which is left as it is.
         groups: All rows in order, those of a generate call together.
         ask: Makes one generate call for a group; a JSON object of each row, "score" among it.
-        journal: Gets a line a row when its group is done.
+        journal: Gets a line a row when its group is done; at the end it is in the rows' order.
         prompts: Of the model's processor.
         config: As `apply_dare` takes it; None leaves the model unpruned.
         progress: Called with ("rows", rows done, rows in all).
+        processes: Those that share the groups; the journal was made with them.
 
     Returns:
         Those objects in order, with "seconds" and "costs" (None where nothing is pruned): an equal
@@ -114,19 +120,32 @@ def ask_all(
         if config is None
         else dare_applied(model, config, processor=prompts.processor)
     )
-    total, done = sum(map(len, groups)), 0
+    numbers = iter(range(1, sum(map(len, groups)) + 1))
+    keys = [[str(next(numbers)) for _ in group] for group in groups]
+    total = [key for group in keys for key in group]
+    missing = [k for k, group in enumerate(keys) if any(key not in journal for key in group)]
+    done = len(total) - sum(len(keys[k]) for k in missing)
+
+    def told(rows: int) -> None:
+        nonlocal done
+        done += rows
+        if progress is not None:
+            progress("rows", done, len(total))
+
+    def keep(place: int, items: list[dict[str, Any]]) -> None:
+        for key, item in zip(keys[missing[place]], items, strict=True):
+            if key not in journal:
+                journal[key] = item
+        told(len(items))
+
+    def measured(place: int) -> list[dict[str, Any]]:
+        return _measured(model, groups[place], ask, config is not None)
+
+    told(0)
     with as_used(model), dare:
-        for group in groups:
-            keys = [str(done + place) for place in range(1, len(group) + 1)]
-            if any(key not in journal for key in keys):
-                items = _measured(model, group, ask, config is not None)
-                for key, item in zip(keys, items, strict=True):
-                    if key not in journal:
-                        journal[key] = item
-            done += len(group)
-            if progress is not None:
-                progress("rows", done, total)
-    return [journal[str(number)] for number in range(1, total + 1)]
+        processes.mapped(missing, measured, keep)
+    journal.put_in_order(total)
+    return [journal[key] for key in total]
 
 
 def fingerprint(rows: Sequence[Row]) -> str:

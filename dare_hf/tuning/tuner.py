@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from base64 import b64decode, b64encode
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from dare_hf.architectures.locate import locate
 from dare_hf.config import DareConfig
 from dare_hf.engine.attach import check_free, unwrap
 from dare_hf.errors import DareConfigError, DareInputError, DareStateError
+from dare_hf.evaluation.processes import ALONE, Processes
 from dare_hf.forward.delimiters import resolve_delimiters
 from dare_hf.tuning.answers import MAX_NEW_TOKENS, checker, metric_of, named_metric
 from dare_hf.tuning.bench import Bench, Measured, Scoring
@@ -51,6 +53,7 @@ class _Run:
     fields: dict[str, Any]
     folder: Path
     tell: Callable[[str, int, int], None]
+    processes: Processes
 
 
 def tune(
@@ -69,6 +72,7 @@ def tune(
     batch_size: int = BATCH,
     load_in_4bit: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> TuneResult:
     """Find the cheapest configuration that keeps the model's answers, and what it promises.
 
@@ -92,6 +96,8 @@ def tune(
         batch_size: Most rows of a generate call.
         load_in_4bit: Load the backbone in nf4, where a folder is given.
         progress: Called with (stage, done, about how many).
+        processes: As `evaluate_rows` takes them. Batches are shared; the first process alone fits
+            the router and takes the times.
 
     Raises:
         DareError: The rows, the model or an argument cannot be used; the text says why.
@@ -124,18 +130,19 @@ def tune(
         "batch_size": batch_size,
     }
     with ExitStack() as stack:
-        folder = Path(out or stack.enter_context(TemporaryDirectory()))
-        journal = Journal(folder / JOURNAL, about)
+        kept = out if processes.first else None
+        folder = Path(kept or stack.enter_context(TemporaryDirectory()))
+        journal = Journal(folder / JOURNAL, about, processes)
         stack.enter_context(as_used(model))
         shares = _split(given, seed)
         fit, held_out = (
-            Bench(model, prompts, share, name, scoring, journal, batch_size)
+            Bench(model, prompts, share, name, scoring, journal, batch_size, processes)
             for share, name in zip(shares, ("fit", "held-out"), strict=True)
         )
         fit.by_score = held_out.by_score = fit.by_score and held_out.by_score
         tell = progress or (lambda stage, done, total: None)
         images = any(row.images for row in given)
-        run = _Run(model, prompts, fit, held_out, images, held, folder, tell)
+        run = _Run(model, prompts, fit, held_out, images, held, folder, tell, processes)
         return _tuned(run, max_drop, aim, router, about | {"rows": len(given)})
 
 
@@ -165,8 +172,8 @@ def _tuned(
         seen.append(on_held_out(SAFE, safe))
     machine = None
     if best is not None:
-        rows = run.held_out.rows
-        machine = measure_machine(run.model, run.prompts, rows, best.config, router)
+        parts = (run.model, run.prompts, run.held_out.rows, best.config, router)
+        machine = run.processes.from_first(lambda: measure_machine(*parts))
     return promised(
         best,
         [*tried, *seen],
@@ -186,13 +193,26 @@ def _router(run: _Run) -> tuple[Path | None, LayerCosts | None, str]:
     if "scorer" in run.fields:
         return None, None, ""
     run.tell("router", 0, 1)
+    files, costs, note = run.processes.from_first(lambda: _fitted(run))
+    run.tell("router", 1, 1)
+    if files is None:
+        return None, None, note
+    if not run.processes.first:
+        (run.folder / ROUTER).mkdir()
+        for name, data in files.items():
+            (run.folder / ROUTER / name).write_bytes(b64decode(data))
+    return run.folder / ROUTER, costs, ""
+
+
+def _fitted(run: _Run) -> tuple[dict[str, str] | None, LayerCosts | None, str]:
+    """The adapter's files, base64, what pruning each layer costs, and why there is no adapter."""
+    folder = run.folder / ROUTER
     try:
-        costs = fitted(run.model, run.fit.references, run.fields, run.folder / ROUTER)
+        costs = fitted(run.model, run.fit.references, run.fields, folder)
     except (DareConfigError, DareInputError, DareStateError) as error:
         return None, None, f"No router was fitted: {error}"
-    finally:
-        run.tell("router", 1, 1)
-    return run.folder / ROUTER, costs, ""
+    others = [] if run.processes.count == 1 else sorted(folder.iterdir())
+    return {file.name: b64encode(file.read_bytes()).decode() for file in others}, costs, ""
 
 
 @dataclass
