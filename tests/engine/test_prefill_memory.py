@@ -3,8 +3,8 @@
 import pytest
 import torch
 from laws import dare
-from torch.profiler import ProfilerActivity, profile
 
+from dare_hf.benchmark.memory import peak_bytes
 from dare_hf.benchmark.random_llava import Setting, build_inputs, build_model
 
 SETTING = Setting(tokens=2560, layers=2, hidden=128, intermediate=256, vocab=300)
@@ -18,27 +18,12 @@ def model():
     return build_model(SETTING)
 
 
-def inputs_of(model, pads: int = 0) -> dict:
+def inputs_of(pads: int = 0) -> dict:
     """The bench's prompt, its first tokens pads."""
-    inputs = build_inputs(SETTING, model)
+    inputs = build_inputs(SETTING) | {"logits_to_keep": 1}
     mask = torch.ones_like(inputs["input_ids"])
     mask[:, :pads] = 0
     return inputs | ({"attention_mask": mask} if pads else {})
-
-
-def peak_bytes(run) -> int:
-    """The most that the allocator had out while `run` ran, beyond what it had before."""
-    with torch.inference_mode():
-        run()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-            run()
-    events = sorted(found.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    now = peak = 0
-    for event in events:
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
 
 
 def decoded(model, inputs) -> None:
@@ -48,9 +33,9 @@ def decoded(model, inputs) -> None:
 
 
 RUNS = {
-    "forward": lambda model: model(**inputs_of(model)),
-    "padded": lambda model: model(**inputs_of(model, pads=6)),
-    "generate": lambda model: decoded(model, inputs_of(model)),
+    "forward": lambda model: model(**inputs_of()),
+    "padded": lambda model: model(**inputs_of(pads=6)),
+    "generate": lambda model: decoded(model, inputs_of()),
 }
 
 

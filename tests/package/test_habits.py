@@ -102,12 +102,15 @@ def test_each_command_has_an_example() -> None:
 
 
 def test_bench_json_is_one_line_alone_on_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dare_hf.benchmark import prefill
+    from dare_hf.benchmark import runner
 
-    monkeypatch.setattr(prefill, "run", lambda setting, progress: {"tokens": setting.tokens})
-    monkeypatch.setattr(prefill, "text", lambda result: "the table")
+    def bench(series, setting, *, lengths, **options):
+        return {"bench": series, "tokens": lengths}
+
+    monkeypatch.setattr(runner, "bench", bench)
+    monkeypatch.setattr(runner, "text", lambda result: "the table")
     done = CliRunner().invoke(app, ["bench", "--json", "--tokens", "40"])
-    assert json.loads(done.stdout) == {"tokens": 40}
+    assert json.loads(done.stdout) == {"bench": "prefill", "tokens": [40]}
     assert "the table" in done.stderr
     assert "{" not in CliRunner().invoke(app, ["bench"]).stdout
 
