@@ -71,6 +71,15 @@ def apply_dare(
         UnsupportedModelError: The architecture cannot be routed, or an adapter of peft on it tells
             tokens by their place, or brings virtual ones.
         AdapterMismatchError: The adapter was made for another depth, width or architecture.
+
+    Examples:
+        >>> from dare_hf import DareConfig, apply_dare
+        >>> from dare_hf.testing import tiny_inputs, tiny_model
+        >>> model = tiny_model("llava")
+        >>> apply_dare(model, DareConfig(vision_retention=0.5)) is model
+        True
+        >>> model.generate(**tiny_inputs(model, text=6), max_new_tokens=2).shape[0]
+        1
     """
     target = unwrap(model)
     if not isinstance(target, nn.Module):
@@ -118,6 +127,13 @@ def remove_dare(model: nn.Module) -> nn.Module:
 
     Raises:
         DareStateError: The model has no DARE, or peft owns its adapter.
+
+    Examples:
+        >>> from dare_hf import apply_dare, remove_dare
+        >>> from dare_hf.testing import tiny_model
+        >>> model = apply_dare(tiny_model("llava"))
+        >>> remove_dare(model) is model
+        True
     """
     state = state_of(model)
     if state.owner == "peft":
@@ -145,6 +161,13 @@ def dare_applied(
 
     Raises:
         DareError: Whatever `apply_dare` refuses.
+
+    Examples:
+        >>> from dare_hf import dare_applied
+        >>> from dare_hf.testing import tiny_inputs, tiny_model
+        >>> model = tiny_model("llava")
+        >>> with dare_applied(model, "safe"):
+        ...     pruned = model.generate(**tiny_inputs(model), max_new_tokens=2)
     """
     apply_dare(model, config, processor=processor)
     state = state_of(model)
@@ -161,6 +184,13 @@ def dare_disabled(model: nn.Module) -> Iterator[nn.Module]:
 
     Raises:
         DareStateError: The model has no DARE.
+
+    Examples:
+        >>> from dare_hf import apply_dare, dare_disabled
+        >>> from dare_hf.testing import tiny_inputs, tiny_model
+        >>> model = apply_dare(tiny_model("llava"))
+        >>> with dare_disabled(model):
+        ...     plain = model.generate(**tiny_inputs(model), max_new_tokens=2)
     """
     with state_of(model).controller.disable():
         yield model
@@ -174,6 +204,15 @@ def last_report(model: nn.Module) -> DareReport:
 
     Raises:
         DareStateError: The model has no DARE, nothing has run yet, or DARE is switched off now.
+
+    Examples:
+        >>> from dare_hf import apply_dare, last_report
+        >>> from dare_hf.testing import tiny_inputs, tiny_model
+        >>> model = apply_dare(tiny_model("llava"))
+        >>> output = model.generate(**tiny_inputs(model), max_new_tokens=2)
+        >>> report = last_report(model)
+        >>> report.kv_bytes < report.kv_bytes_baseline
+        True
     """
     controller = state_of(model).controller
     if controller.disabled:

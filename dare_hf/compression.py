@@ -85,6 +85,17 @@ def compress_context(
             lie on several devices (tensor parallelism).
 
     Source: docs/method.md, section 5 (reconstruction).
+
+    Examples:
+        >>> from dare_hf import apply_dare, compress_context
+        >>> from dare_hf.testing import tiny_inputs, tiny_model
+        >>> model = apply_dare(tiny_model("llava"))
+        >>> context = tiny_inputs(model, text=120)
+        >>> cache = compress_context(model, context, keep=0.5)
+        >>> cache.get_seq_length() == context["input_ids"].shape[1]
+        True
+        >>> cache.kept_lengths().float().mean().item() < cache.get_seq_length()
+        True
     """
     started = time.perf_counter()
     _check(inputs, keep, recent_tokens, chunk_tokens)

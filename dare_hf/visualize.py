@@ -213,6 +213,11 @@ def plot_rates(
 
     Raises:
         DareStateError: matplotlib is not installed.
+
+    Examples:
+        >>> from dare_hf.visualize import plot_rates
+        >>> layers = [{"vision": 1.0, "text": 1.0}, {"vision": 0.5, "text": 1.0}]
+        >>> figure = plot_rates([layers, layers], "two layers, two hops")
     """
     hops, layers = len(retention), len(retention[0])
     figure = _figure(2.4 + 1.1 * hops, 1.6 + 0.28 * layers)

@@ -1,10 +1,12 @@
-"""Write the tables of supported architectures into docs/supported-models.md."""
+"""Write the tables of supported architectures into their pages of docs/."""
 
 from pathlib import Path
 
-from dare_hf.conformance.page import renewed
+from dare_hf.conformance.page import PAGES, renewed
 
-PAGE = Path(__file__).parents[1] / "docs" / "supported-models.md"
+DOCS = Path(__file__).parents[1] / "docs"
 
 if __name__ == "__main__":
-    PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for kind, name in PAGES.items():
+        page = DOCS / name
+        page.write_text(renewed(page.read_text(encoding="utf-8"), kind), encoding="utf-8")

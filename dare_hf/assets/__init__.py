@@ -25,6 +25,11 @@ def model_path(name: str) -> Path:
     Raises:
         DareInputError: No such model is embedded.
         DareStateError: dare-board: what it is made of is missing; the text says what to install.
+
+    Examples:
+        >>> from dare_hf.assets import model_path
+        >>> model_path("dare-tiny-volcano").name
+        'dare-tiny-volcano'
     """
     return board.model_folder() if name == board.NAME else package_folder(name)
 

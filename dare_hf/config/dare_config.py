@@ -179,6 +179,16 @@ class DareConfig(PeftConfig):
     Raises:
         DareConfigError: a value of the wrong type or out of its range, also NaN; or a keyword
             that is no field.
+
+    Examples:
+        >>> from dare_hf import DareConfig
+        >>> config = DareConfig(vision_retention=0.4)
+        >>> config.vision_retention, config.text_retention, config.schedule
+        (0.4, 1.0, 'safe')
+        >>> DareConfig(vision_retention=40)
+        Traceback (most recent call last):
+            ...
+        dare_hf.errors.DareConfigError: vision_retention must be a number in (0, 1], got 40.
     """
 
     vision_retention: float = unnamed(_SAFE["vision_retention"])
@@ -326,6 +336,11 @@ class DareConfig(PeftConfig):
 
         Raises:
             DareConfigError: no such preset, or a value out of range.
+
+        Examples:
+            >>> from dare_hf import DareConfig
+            >>> DareConfig.preset("fastv", vision_retention=0.6).vision_retention
+            0.6
         """
         if name not in PRESETS:
             known = ", ".join(repr(preset) for preset in sorted(PRESETS))

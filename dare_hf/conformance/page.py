@@ -32,7 +32,9 @@ MARKS = {
     kind: (f"<!-- {name} table: begin -->", f"<!-- {name} table: end -->")
     for kind, name in ((Kind.vision, "conformance"), (Kind.text, "language models"))
 }
-"""What stands around each table in docs/supported-models.md."""
+"""What stands around each table in its page."""
+PAGES = {Kind.vision: "supported-models.md", Kind.text: "language-models.md"}
+"""The page of docs/ that has the table of each kind."""
 
 
 def expected(model_type: str) -> str:
@@ -83,16 +85,15 @@ def _rows(
     return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *rows, ""]
 
 
-def renewed(page: str) -> str:
-    """The text of the page with the tables as they should be.
+def renewed(page: str, kind: Kind) -> str:
+    """The text of a kind's page with the table as it should be.
 
     Raises:
-        ValueError: The marks around a table are missing.
+        ValueError: The marks around the table are missing.
     """
-    for kind, (begin, end) in MARKS.items():
-        before, _, rest = page.partition(begin)
-        _, found, after = rest.partition(end)
-        if not found:
-            raise ValueError(f"expected {begin} and {end} in the page")
-        page = f"{before}{begin}\n{table(kind)}\n{end}{after}"
-    return page
+    begin, end = MARKS[kind]
+    before, _, rest = page.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"expected {begin} and {end} in the page")
+    return f"{before}{begin}\n{table(kind)}\n{end}{after}"

@@ -105,24 +105,31 @@ def _check(value: Any, place: str) -> None:
         )
 
 
-def results_page(folder: Path) -> str:
-    """Markdown tables of all results in a folder's JSON lines files.
+def results_page(folder: Path, model: str | None = None) -> str:
+    """Markdown tables of all results in a folder's JSON lines files, of one model or of all.
 
     Raises:
-        DareInputError: There is no such file, or a line cannot be used.
+        DareInputError: There is no such file, or none of that model, or a line cannot be used.
     """
     files = sorted(folder.glob("*.jsonl"))
     if not files:
         raise DareInputError(f"results: expected *.jsonl in {folder}; got none")
     read = {file.name: read_results(file) for file in files}
+    there = sorted({one["model"] for results in read.values() for one in results})
+    if model is not None and model not in there:
+        raise DareInputError(f"model: expected one of {', '.join(there)}; got {model!r}")
     whole = [one for results in read.values() for one in results if one["arm"] == BASE]
     bases = {_place(one): one for one in sorted(whole, key=lambda one: -one["seed"])}
-    parts = [_HEAD + "\n".join(f"| `{name}` | {about} |" for name, (about, _) in COLUMNS.items())]
+    parts = [
+        _HEAD.format(of=model or "all models")
+        + "\n".join(f"| `{name}` | {about} |" for name, (about, _) in COLUMNS.items())
+    ]
     for name, results in read.items():
-        parts.append(f"## {name.removesuffix('.jsonl')}")
-        for place in sorted({_place(one) for one in results}):
-            model, task, split, seed = place
-            parts.append(f"### {model}, {task}, {split} (items seed {seed})")
+        places = sorted({_place(one) for one in results if model in (None, one["model"])})
+        parts += [f"## {name.removesuffix('.jsonl')}"] * bool(places)
+        for place in places:
+            of, task, split, seed = place
+            parts.append(f"### {of}, {task}, {split} (items seed {seed})")
             mine = [one for one in results if _place(one) == place]
             parts.append("\n".join(_table(mine, bases.get(place))))
     return "\n\n".join(parts) + "\n"
@@ -176,14 +183,14 @@ def _points(share: float) -> str:
     return f"{100 * share:+.1f}"
 
 
-_HEAD = f"""# All results
+_HEAD = f"""# All results: {{of}}
 
-    dare-hf tables docs/results --out docs/results-tables.md
-
-makes this page from the committed files of results. What the arms are and what follows from them
-stands in [Router comparison](router-comparison.md), how they were made in the [log](log.md). KV and
-FLOPs are shares of the same tokens' unpruned. The last column is the difference to the arm "{BASE}"
-of the lowest seed on the same items, in points, with its 95 % bootstrap interval and McNemar's p.
+`dare-hf tables docs/results` makes this page from the committed files of results; `--model NAME`
+one of a single model: [anole](results-anole.md), [volcano](results-volcano.md). What the arms are
+and what follows from them stands in [Router comparison](router-comparison.md), how they were made
+in the [log](log.md). KV and FLOPs are shares of the same tokens' unpruned. The last column is the
+difference to the arm "{BASE}" of the lowest seed on the same items, in points, with its 95 %
+bootstrap interval and McNemar's p.
 
 To add rows, put another `.jsonl` file into the folder and run the command: one JSON object a line
 with these keys. A line that lacks one, or whose accuracy is not that of its items, is refused.

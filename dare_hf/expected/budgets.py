@@ -50,6 +50,16 @@ def match_budget(
     Raises:
         DareConfigError: No rate costs that, or the configuration has no rates to set.
         DareInputError: A target outside its range, or no such cost.
+
+    Examples:
+        >>> from dare_hf import DareConfig, HopTokens
+        >>> from dare_hf.expected import match_budget
+        >>> from dare_hf.testing import tiny_model
+        >>> prompt = HopTokens(vision=576, text=64)
+        >>> model = tiny_model("llava", layers=12)
+        >>> config = match_budget(model, DareConfig(), [prompt], target=0.6, of="kv")
+        >>> 0.4 < config.vision_retention < 0.7
+        True
     """
     if of not in ("flops", "kv") or not 0 < target <= 1:
         raise DareInputError(

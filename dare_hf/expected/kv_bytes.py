@@ -71,6 +71,15 @@ def expected_kv_bytes(
         UnsupportedModelError: The architecture cannot be routed.
 
     Source: docs/method.md, sections 4 and 5.
+
+    Examples:
+        >>> from dare_hf import DareConfig, HopTokens, expected_kv_bytes
+        >>> from dare_hf.testing import tiny_model
+        >>> cost = expected_kv_bytes(
+        ...     tiny_model("llava"), DareConfig(), hops=[HopTokens(vision=576, text=64)]
+        ... )
+        >>> cost.total < cost.baseline
+        True
     """
     subject, rows = Subject.of(model, config, itemsize), rows_of(hops)
     runs = ExpectedRun.of_rows(subject, rows)

@@ -27,7 +27,7 @@ class Outlook:
     Attributes:
         tokens: The prompt and its hops.
         flops: Of the prefill and of the first sampled token.
-        kv: [hops](DARE, plain) bytes when a hop's last token was processed.
+        kv: (DARE, plain) for each hop, bytes when a hop's last token was processed.
         begins: [hops] bytes with DARE when a hop begins.
         exact: Whether counts decide the bytes; else they are the most there can be.
         itemsize: Bytes of one element of the cache.

@@ -36,6 +36,11 @@ class HopTokens:
 
     Raises:
         DareInputError: A count is no integer or negative, or more are forced than there are.
+
+    Examples:
+        >>> from dare_hf import HopTokens
+        >>> HopTokens(vision=576, text=64).vision
+        576
     """
 
     vision: int = 0

@@ -105,6 +105,12 @@ def crop_pixels(image: Image, box: Box) -> Image:
     Raises:
         DareInputError: The box is none: not four finite numbers with left <= right and
             top <= bottom, or wholly outside of the picture.
+
+    Examples:
+        >>> from PIL import Image
+        >>> from dare_hf.generation import crop_pixels
+        >>> crop_pixels(Image.new("RGB", (100, 50)), (0.5, 0.0, 1.0, 0.5)).size
+        (50, 25)
     """
     wanted = "left <= right, top <= bottom, some of it within [0, 1]"
     if len(box) != 4 or not all(math.isfinite(number) for number in box):

@@ -51,6 +51,16 @@ class HopLoop:
         DareConfigError: `on_hop` cannot be called or `max_hops` is no count.
 
     Source: docs/method.md, section 1.
+
+    Examples:
+        >>> from dare_hf import DareConfig, apply_dare
+        >>> from dare_hf.generation import HopInput, HopLoop
+        >>> from dare_hf.testing import tiny_inputs, tiny_model
+        >>> model = apply_dare(tiny_model("llava"), DareConfig(decode_window=2))
+        >>> loop = HopLoop(on_hop=lambda hop: HopInput(input_ids=[50, 51]), max_hops=1)
+        >>> output = model.generate(**tiny_inputs(model), hop_loop=loop, max_new_tokens=4)
+        >>> [50, 51] == output[0, -4:-2].tolist()
+        True
     """
 
     def __init__(

@@ -84,6 +84,11 @@ class HopInput:
         features: [n, D] vectors as the model's projector gives them, one token each. A grid
             [height, width, D] says where each vector lies, for models with 2D positions (mrope);
             vectors without a grid count on there like text.
+
+    Examples:
+        >>> from dare_hf.generation import HopInput
+        >>> HopInput(input_ids=[50, 51]).input_ids
+        [50, 51]
     """
 
     text: str | None = None

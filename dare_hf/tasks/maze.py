@@ -146,6 +146,11 @@ def sample(n: int, split: Split = "easy", seed: int = 0, first: int = 0) -> list
 
     Raises:
         DareInputError: The split is not one of the three, or a count is negative.
+
+    Examples:
+        >>> from dare_hf.tasks import maze
+        >>> len(maze.sample(3, "easy", seed=0))
+        3
     """
     return [sample_one(split, seed, index) for index in item_indices(split, _SPLITS, n, first)]
 

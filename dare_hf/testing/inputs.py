@@ -111,6 +111,12 @@ def collate(
         rows: The rows, in any order and number.
         left_pad: On which side the pads go.
         pad_to: Columns of the batch (default: those of the longest row).
+
+    Examples:
+        >>> from dare_hf.testing import collate, tiny_model, tiny_rows
+        >>> model = tiny_model("llava")
+        >>> len(collate(model, tiny_rows(model, images=(0, 2)))["input_ids"])
+        2
     """
     kind = model.config.model_type
     width = max(pad_to or 0, *(len(row["ids"]) for row in rows))
@@ -170,6 +176,11 @@ def tiny_inputs(
         left_pad: On which side shorter rows are padded.
         pixels: Give pixels to the model's own tower, else features in ``mm_encoder_outputs``
             (Chameleon: ids of the image vocabulary in the prompt).
+
+    Examples:
+        >>> from dare_hf.testing import tiny_inputs, tiny_model
+        >>> sorted(tiny_inputs(tiny_model("llava"), pixels=True))
+        ['attention_mask', 'input_ids', 'pixel_values']
     """
     counts = list(images) * batch if len(images) == 1 else list(images)
     if len(counts) != batch and batch != 1:

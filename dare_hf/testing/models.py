@@ -193,6 +193,11 @@ def tiny_model(
 
     Raises:
         ValueError: ``name`` is not a tiny model.
+
+    Examples:
+        >>> from dare_hf.testing import tiny_model
+        >>> tiny_model("qwen2_5_vl").config.model_type
+        'qwen2_5_vl'
     """
     if name not in _BUILDERS:
         raise ValueError(f"name must be one of {TINY_MODELS}, got {name!r}")

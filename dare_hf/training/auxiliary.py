@@ -35,6 +35,21 @@ def auxiliary_loss(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
         DareStateError: No training forward has run with routers in this thread.
 
     Source: docs/method.md, section 7.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from dare_hf import DareConfig
+        >>> from dare_hf.testing import tiny_inputs, tiny_model
+        >>> from dare_hf.training import auxiliary_loss
+        >>> model = tiny_model("llava")
+        >>> batch = tiny_inputs(model)
+        >>> routed = get_peft_model(model, DareConfig(scorer="router", schedule="learned"))
+        >>> labels = batch["input_ids"].clone()
+        >>> labels[:, :-5] = -100
+        >>> loss = routed(**batch, labels=labels).loss
+        >>> extra, parts = auxiliary_loss(routed)
+        >>> (loss + extra).shape, extra.requires_grad
+        (torch.Size([]), True)
     """
     controller = state_of(model).controller
     record: SimulationRecord | None = controller.record

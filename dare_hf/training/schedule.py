@@ -14,6 +14,11 @@ def cosine_temperature(progress: float, start: float, end: float) -> float:
     """``end + (start - end) (1 + cos(pi p)) / 2``: `start` at progress 0, `end` from 1 on.
 
     Source: docs/method.md, section 7.
+
+    Examples:
+        >>> from dare_hf.training import cosine_temperature
+        >>> [round(cosine_temperature(progress, 1.0, 0.2), 2) for progress in (0, 0.5, 1)]
+        [1.0, 0.6, 0.2]
     """
     share = (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
     return end + (start - end) * share

@@ -38,11 +38,19 @@ def _file(folder, *lines, name="a.jsonl"):
     return file
 
 
-def test_the_page_is_that_of_the_files():
-    """Mend it with: dare-hf tables docs/results --out docs/results-tables.md."""
-    done = CliRunner().invoke(app, ["tables", str(DOCS / "results")])
+@pytest.mark.parametrize("model", ["anole", "volcano"])
+def test_the_page_is_that_of_the_files(model):
+    """Mend it with: dare-hf tables docs/results --model anole --out docs/results-anole.md."""
+    done = CliRunner().invoke(app, ["tables", str(DOCS / "results"), "--model", model])
     assert done.exit_code == 0, done.output
-    assert done.stdout == (DOCS / "results-tables.md").read_text(encoding="utf-8")
+    assert done.stdout == (DOCS / f"results-{model}.md").read_text(encoding="utf-8")
+
+
+def test_every_model_has_a_page_and_others_are_refused():
+    models = {one["model"] for f in (DOCS / "results").glob("*.jsonl") for one in read_results(f)}
+    assert all((DOCS / f"results-{name}.md").exists() for name in models)
+    with pytest.raises(DareInputError, match="expected one of anole, volcano; got 'board'"):
+        results_page(DOCS / "results", "board")
 
 
 def test_a_table_by_hand(tmp_path):

@@ -15,7 +15,7 @@ from dare_hf.cache import DareLayer
 from dare_hf.cli import app
 from dare_hf.conformance import Kind, architectures, run_row, runner
 from dare_hf.conformance.laws import LawBroken, identity, oracle
-from dare_hf.conformance.page import expected, renewed
+from dare_hf.conformance.page import PAGES, expected, renewed
 from dare_hf.conformance.subject import Subject
 from dare_hf.engine import gathering, masks, routed_layer
 from dare_hf.engine.gathering import Turn
@@ -80,10 +80,10 @@ def test_a_refusal_says_why(model_type):
 
 
 @pytest.mark.skipif(bool(MISSING), reason="the page lists what a newer transformers has")
-def test_the_page_lists_what_the_code_knows():
-    page = Path(__file__).parents[2] / "docs" / "supported-models.md"
-    text = page.read_text(encoding="utf-8")
-    assert renewed(text) == text, "run scripts/supported_models.py"
+@pytest.mark.parametrize(("kind", "name"), PAGES.items())
+def test_the_page_lists_what_the_code_knows(kind, name):
+    text = (Path(__file__).parents[2] / "docs" / name).read_text(encoding="utf-8")
+    assert renewed(text, kind) == text, "run scripts/supported_models.py"
 
 
 def test_the_command_prints_one_json_line():

@@ -1,16 +1,18 @@
 """What is vision: frames of a video are, audio is a kind of its own that nobody prunes."""
 
 import inspect
+import math
 
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from dare_hf import DareCache
+from dare_hf import DareCache, DareConfig
 from dare_hf.architectures.locate import SPECS
 from dare_hf.compat import CACHE
 from dare_hf.conformance import architectures
 from dare_hf.conformance.subject import Subject
+from dare_hf.errors import DareConfigError
 from dare_hf.testing.clips import FRAMES, clip_of
 from dare_hf.testing.families import family_of
 from dare_hf.testing.models import VIDEO_ID
@@ -30,6 +32,21 @@ def test_every_architecture_is_shown_rows_with_0_1_and_3_pictures():
     shown = {name: family_of(name) for name in set(SPECS) & set(architectures())}
     assert {name for name, family in shown.items() if not family.sees} == {"mistral4"}
     assert {family.images for family in shown.values() if family.sees} == {(0, 1, 3)}
+
+
+def test_frames_share_the_vision_budget_of_their_span():
+    """There is no rate for each frame; a name for one is no field."""
+    subject = Subject.of("qwen2_vl")
+    batch = subject.batches["video"]
+    patches = (batch.inputs["input_ids"][0] == VIDEO_ID).sum().item()
+    assert patches > FRAMES
+    with subject.dare(text_retention=1.0, vision_retention=0.5, schedule="constant"):
+        cache = DareCache()
+        subject.forward(batch, **{CACHE: cache}, use_cache=True)
+    held = cache.log.modality[0][cache.layers[-1].positions()[0]] == 1
+    assert held.sum().item() == math.ceil(0.5 * patches)
+    with pytest.raises(DareConfigError, match="frame_retention: expected a field"):
+        DareConfig(frame_retention=0.5)
 
 
 def test_frames_keep_their_places_in_time():
