@@ -23,7 +23,7 @@ from dare_hf.hops.compaction import due_rows
 from dare_hf.testing import tiny_inputs, tiny_model
 
 ROOT = Path(__file__).parents[1]
-PAGE, PICTURE = ROOT / "docs" / "walk.md", ROOT / "docs" / "images" / "rooms.svg"
+PAGE, PICTURE = ROOT / "docs" / "walk.md", ROOT / "docs" / "pictures" / "rooms.svg"
 BEGIN, END = "<!-- written by scripts/walk.py -->\n", "<!-- end -->"
 PACKAGE = str(Path(dare_hf.__file__).parent)
 RATES: dict[str, Any] = {"vision_retention": 0.5, "schedule": "constant"}

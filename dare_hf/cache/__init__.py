@@ -18,7 +18,7 @@ from dare_hf.compat import CACHE
 from dare_hf.errors import DareInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from jaxtyping import Int
     from torch import Tensor
@@ -93,7 +93,7 @@ class DareCache(Cache):
         self.call: RunningCall | None = None
         self._slots: tuple[int, ...] | None = None
         self._saved: _Saved | None = None
-        self._decided: list[Thinning] = []
+        self._decided: tuple[list[Thinning], Callable[[DareCache], None] | None] | None = None
         self.changes = 0
 
     def arrange(self, slots: tuple[int, ...], config: PreTrainedConfig) -> None:
@@ -212,20 +212,32 @@ class DareCache(Cache):
 
     # A compaction that has begun is finished
 
-    def decide(self, decided: list[Thinning]) -> None:
-        """Note what layers shall let go of; it is done before anything else changes the cache."""
-        self._decided = decided
+    def decide(
+        self, thinnings: list[Thinning], serve: Callable[[DareCache], None] | None = None
+    ) -> None:
+        """Note what layers shall let go of; it is done before anything else changes the cache.
+
+        Args:
+            thinnings: By layer.
+            serve: What counters and reports are told by then; it may be told more than once.
+        """
+        self._decided = (thinnings, serve)
 
     def settle(self) -> None:
         """Do what is decided, one layer after the other, so that little memory is in use twice.
 
-        Where memory lacks for a layer, the rest is left for the next call.
+        Where memory lacks for a layer, or an interrupt comes, the rest is left for the next call.
         """
-        self.changes += bool(self._decided)
-        for change in self._decided:
+        if self._decided is None:
+            return
+        thinnings, serve = self._decided
+        if serve is not None:
+            serve(self)
+        self.changes += bool(thinnings)
+        for change in thinnings:
             if change.layer._table is change.table:
                 change.layer.keep_columns(change.keep, change.kept, change.scores)
-        self._decided = []
+        self._decided = None
 
     # What HF changes
 
@@ -295,7 +307,7 @@ class DareCache(Cache):
             layer.reset()
         self.log.reset()
         self.changes += 1
-        self._saved, self._decided = None, []
+        self._saved = self._decided = None
         self.hop_counters.reset()
 
     # A forward that fails leaves no trace
@@ -351,7 +363,7 @@ class DareCache(Cache):
             before.layer.undo_step(before)
         for i, layer in saved.others.items():
             self.layers[i] = layer
-        self.log, self.hop_counters, self._decided = saved.log, saved.hop_counters, []
+        self.log, self.hop_counters, self._decided = saved.log, saved.hop_counters, None
         for layer in self.stored:
             layer.give_back()
 

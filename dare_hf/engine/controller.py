@@ -150,6 +150,8 @@ class Controller(TrainingForwards):
             return without_own(kwargs) | {"use_cache": False, CACHE: None}
         cache = self._cache_for(kwargs)
         started = time.perf_counter()
+        if cache is not None:
+            cache.settle()
         with nullcontext() if cache is None else cache.all_or_nothing():
             context = open_context(taught, cache, self.rules, call)
             recorder = Recorder.of(self, cache, call)

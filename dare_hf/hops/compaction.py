@@ -88,15 +88,29 @@ def compact(
         state = cache.hop_counters
         served = [max(a, b) for a, b in zip(state.compacted, due, strict=True)]
         found, decided = _begin_hops(cache, rules, due, expanders)
-        # Nothing fails between these two: a hop is served when what it leaves is decided.
-        state.compacted, state.ledgers = served, found.ledgers
-        for row, hop in enumerate(due):
-            if hop and any(part.kept[row] < part.layer.kept_host[row] for part in decided):
-                state.thinned[row].append(hop)
-        cache.decide(decided)
-        if note is not None:
-            note(found)
+        thins = [
+            hop > 0 and any(part.kept[row] < part.layer.kept_host[row] for part in decided)
+            for row, hop in enumerate(due)
+        ]
+        pairs = zip(state.thinned, due, thins, strict=True)
+        thinned = [[*hops, hop] if one else hops for hops, hop, one in pairs]
+        # One assignment decides it: a hop is served when what it leaves is known.
+        cache.decide(decided, partial(_serve, served, thinned, found, note))
         cache.settle()
+
+
+def _serve(
+    served: list[int],
+    thinned: list[list[int]],
+    found: Compaction,
+    note: Callable[[Compaction], None] | None,
+    cache: DareCache,
+) -> None:
+    """Tell counters and report that hops have begun; telling it again changes nothing."""
+    state = cache.hop_counters
+    state.compacted, state.thinned, state.ledgers = served, thinned, found.ledgers
+    if note is not None:
+        note(found)
 
 
 def _begin_hops(

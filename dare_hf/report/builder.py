@@ -39,8 +39,8 @@ class ReportBuilder:
         self.shapes = tuple(shapes)
         self.hidden, self.vocab, self.itemsize = hidden, vocab, itemsize
         self._report = DareReport()
-        self._held: list[list[list[int]]] = []  # [hop][layer][modality], rows summed
-        self._total: list[list[list[int]]] = []
+        # [hop][held, in all][layer][modality], rows summed
+        self._stored: list[list[list[list[int]]]] = []
 
     def forward(
         self,
@@ -126,11 +126,11 @@ class ReportBuilder:
             kept: Real tokens held.
             total: Real tokens of closed hops and of the hop's own span, pruned ones counted.
         """
-        while len(self._held) <= hop:
-            self._held.append([[0, 0] for _ in self.shapes])
-            self._total.append([[0, 0] for _ in self.shapes])
-        self._held[hop][layer][modality] += kept
-        self._total[hop][layer][modality] += total
+        while len(self._stored) <= hop:
+            self._stored.append([[[0, 0] for _ in self.shapes] for _ in range(2)])
+        held, of = self._stored[hop]
+        held[layer][modality] += kept
+        of[layer][modality] += total
 
     def kv(self, measured: int, kept: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
         """Sets the state of the cache at the end of a run.
@@ -177,6 +177,6 @@ class ReportBuilder:
                 }
                 for layer in range(len(self.shapes))
             ]
-            for held, total in zip(self._held, self._total, strict=True)
+            for held, total in self._stored
         ]
         return report
