@@ -2,7 +2,7 @@
 
     python scripts/ship_adapter.py --run runs/dare_lh --model anole --name dare-lh
 
-Copies routers and LoRA (its weights in float16, half the size: measure what is shipped), replaces
+Copies routers and LoRA (weights in float16, half the size: measure what is shipped), replaces
 the paths of the machine they were trained on by names, and writes recipe.yaml, which
 `dare-hf train --config` takes, from the first line of the training log.
 """
@@ -30,7 +30,7 @@ def ship(run: Path, model: str, name: str) -> Path:
     target = package_folder(folder) / "adapters" / name
     trained_arm(name, run)  # refuses what is no adapter
     lines = (run / "training_log.jsonl").read_text().splitlines()
-    recipe = json.loads(lines[0])["recipe"] | {"out": f"runs/{name}"}
+    recipe = json.loads(lines[0])["recipe"] | {"model": model, "out": f"runs/{name}"}
     for part in ("dare", "lora"):
         if not (run / part).is_dir():
             continue
@@ -42,10 +42,12 @@ def ship(run: Path, model: str, name: str) -> Path:
                 if base and not file.endswith("safetensors"):
                     text = (target / part / file).read_text().replace(base, folder)
                     (target / part / file).write_text(text)
-        if part == "lora":
-            weights = target / part / "adapter_model.safetensors"
-            halves = {name: tensor.half() for name, tensor in load_file(weights).items()}
-            save_file(halves, weights, metadata={"format": "pt"})
+        weights = target / part / "adapter_model.safetensors"
+        halves = {
+            name: tensor.half() if name.endswith(".weight") else tensor  # rates stay exact
+            for name, tensor in load_file(weights).items()
+        }
+        save_file(halves, weights, metadata={"format": "pt"})
     (target / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     log = [json.dumps({"recipe": recipe}), *lines[1:]]
     (target / "training_log.jsonl").write_text("".join(f"{line}\n" for line in log))

@@ -43,7 +43,7 @@ def package_folder(name: str) -> Path:
     known = sorted({path.parent.name for path in _HERE.glob("*/config.json")} | {board.NAME})
     if name not in known:
         raise DareInputError(f"name: expected one of {known}, got {name!r}")
-    return _HERE / name
+    return board.FOLDER if name == board.NAME else _HERE / name
 
 
 def adapter_names(model: str) -> list[str]:
