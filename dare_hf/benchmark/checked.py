@@ -15,7 +15,7 @@ import torch
 from dare_hf.benchmark.race import run_once
 from dare_hf.benchmark.random_llava import IMAGE_ID
 from dare_hf.benchmark.systems import POOLED
-from dare_hf.errors import DareStateError
+from dare_hf.errors import DareInputError, DareStateError
 from dare_hf.routing.kinds import PAD, TEXT, VISION
 from dare_hf.testing import HopRules, OracleRouting, hop_forward, written_inputs
 from dare_hf.testing.given_keep import GivenRun, given_forward
@@ -94,10 +94,12 @@ def verify(subject: Subject, system: System, inputs: dict[str, Any], outcome: Ou
 
     Raises:
         DareStateError: A token or a logit is wrong, or other tokens were kept than asked for.
+        DareInputError: The run has not ended.
     """
     if not system.checked:
         return "no oracle"
-    assert outcome.ids is not None
+    if outcome.ids is None:
+        raise DareInputError("outcome: expected a run that has ended; got one without tokens")
     span = inputs["input_ids"].shape[1]
     steps = outcome.ids.shape[1] - span
     written = written_inputs(subject.model, inputs, outcome.ids[:, :-1])

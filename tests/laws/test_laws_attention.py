@@ -3,7 +3,7 @@
 import flash_stand_in
 import pytest
 import torch
-from attention_runs import text_attention
+from attention_runs import flex, text_attention  # noqa: F401
 from laws import (
     BATCHES,
     FP32_TOLERANCE,
@@ -160,7 +160,8 @@ def test_flash_leaves_sliding_layers_unpruned_and_says_so(rows, monkeypatch):
 @pytest.mark.parametrize("rows", BATCHES)
 @pytest.mark.parametrize("scorer", SCORERS)
 @pytest.mark.parametrize("name", TINY_MODELS)
-def test_flex_gives_what_sdpa_gives(name, scorer, rows, flex):
+@pytest.mark.usefixtures("flex")
+def test_flex_gives_what_sdpa_gives(name, scorer, rows):
     model = tiny_model(name)
     inputs = inputs_of(model, BATCHES[rows])
     config = {"scorer": scorer, **PRUNED}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from torch import distributed
+from transformers import PreTrainedModel
 
 from dare_hf.evaluation.processes import Processes, ended_together
 
@@ -25,5 +28,13 @@ def in_threads(count: int, run: Callable[[Processes], Any]) -> list[Any]:
         except (Exception, KeyboardInterrupt) as error:
             return error
 
-    with ThreadPoolExecutor(count) as pool:
+    # Loading changes torch's own functions for its length: two at once leave them changed.
+    lock, load = threading.Lock(), PreTrainedModel.from_pretrained.__func__
+
+    def alone(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        with lock:
+            return load(cls, *args, **kwargs)
+
+    locked = mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(alone))
+    with locked, ThreadPoolExecutor(count) as pool:
         return list(pool.map(one, range(count)))
