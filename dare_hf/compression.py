@@ -75,7 +75,7 @@ def compress_context(
 
     Returns:
         The cache of the context, pruned, with the original positions. Its report says what was
-        kept; stored scores are those of the repetition.
+        kept; stored scores are those it was cut by.
 
     Raises:
         DareStateError: The model has no DARE, or it is switched off, or the model keeps no cache

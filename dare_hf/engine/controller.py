@@ -133,6 +133,8 @@ class Controller(TrainingForwards):
         if self.disabled and all(kwargs.get(name) is not None for name in CACHE_NAMES):
             return without_own(kwargs)  # peft's prefix tuning; transformers reads one of them
         kwargs = named_cache(kwargs)
+        if isinstance(given := kwargs.get(CACHE), DareCache):
+            given.settle()  # what an interrupt has left, also for a forward without DARE
         if self.disabled:
             self.newest.note_uncounted()
         if self.disabled or self._local.forwards:
@@ -150,8 +152,6 @@ class Controller(TrainingForwards):
             return without_own(kwargs) | {"use_cache": False, CACHE: None}
         cache = self._cache_for(kwargs)
         started = time.perf_counter()
-        if cache is not None:
-            cache.settle()
         with nullcontext() if cache is None else cache.all_or_nothing():
             context = open_context(taught, cache, self.rules, call)
             recorder = Recorder.of(self, cache, call)

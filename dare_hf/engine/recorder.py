@@ -219,9 +219,10 @@ class Recorder:
             if len(self._real) != context.batch:
                 self._real = self._carried
             assert context.cache is not None
-            self._steps = Steps.begun(context)
-            self._ran = set(self._steps.kept)
-            self._ledgers = _ledgers(context.cache)
+            steps = Steps.begun(context)
+            # what a report reads first: an interrupt may come between any two lines
+            self._ran, self._ledgers = set(steps.kept), _ledgers(context.cache)
+            self._steps = steps
             self._note_span(run)
         self._steps.count += 1
 

@@ -2,13 +2,15 @@
 
 import os
 import random
+from contextlib import nullcontext
 
 import pytest
 from faults import InterruptAt, cases, faulty
 from hop_runs import PRUNED
-from laws import assert_same_run, dare, generate, inputs_of, shared_model
+from laws import assert_same_run, dare, everything, forward, generate, inputs_of, shared_model
 
-from dare_hf import last_report
+from dare_hf import DareCache, dare_disabled, last_report
+from dare_hf.compat import CACHE
 
 SAMPLE = 4
 """Interrupts of each case in the fast tests, drawn with a fixed seed."""
@@ -48,3 +50,17 @@ def test_the_next_generate_is_as_the_first(name):
             assert_same_run(again, first, tolerance=0.0, what=f"line {number}")
             assert last_report(model).flops == report.flops
             assert last_report(model).kv_bytes == report.kv_bytes
+
+
+@pytest.mark.parametrize("disabled", [True, False])
+def test_what_was_decided_is_done_before_any_forward(disabled):
+    """Also one without DARE: it would add columns that the decision knows nothing of."""
+    model, cache, served = shared_model("llava"), DareCache(), []
+    with dare(model, **everything()):
+        forward(model, inputs_of(model), **{CACHE: cache}, use_cache=True)
+        length = cache.get_seq_length()
+        cache.decide([], lambda one: served.append(one.get_seq_length()))
+        word = {"input_ids": inputs_of(model)["input_ids"][:, -1:]}
+        with dare_disabled(model) if disabled else nullcontext():
+            forward(model, word, **{CACHE: cache}, use_cache=True)
+    assert served == [length]
